@@ -1,0 +1,1 @@
+//! Fault tolerance, pure.

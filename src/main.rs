@@ -1,0 +1,3 @@
+//! `dyad`: one process, one virtual machine.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! virtio devices, each in two halves, and their PCI transport.
