@@ -1,1 +1,3 @@
 //! One virtual machine, from its configuration to its last instruction.
+
+pub mod config;
