@@ -1,0 +1,5 @@
+//! What instructions do, by group.
+
+pub mod fp;
+pub mod integer;
+pub mod system;
