@@ -1,0 +1,133 @@
+//! Bodies of requests and answers that are neither configurations nor about protection.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::is_false;
+
+/// Answer of `vmm.ping`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmPing {
+    /// Name and version of the program.
+    pub build_version: String,
+    /// Version of the package.
+    pub version: String,
+    /// Process id of the VMM.
+    pub pid: i64,
+    /// What was compiled in.
+    pub features: Vec<String>,
+}
+
+/// Body of `vm.snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotConfig {
+    /// An existing directory, as `file:///path`.
+    pub destination_url: String,
+}
+
+impl SnapshotConfig {
+    /// The directory to write to.
+    pub fn directory(&self) -> Result<PathBuf, UrlError> {
+        file_url(&self.destination_url)
+    }
+}
+
+/// Body of `vm.restore`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreConfig {
+    /// Directory of a snapshot, as `file:///path`.
+    pub source_url: String,
+    /// Whether to read all memory before the guest runs; Dyad always does.
+    #[serde(default)]
+    pub prefault: bool,
+    /// When memory is read.
+    #[serde(default)]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// TAP descriptors that come along with the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNet>>,
+    /// VFIO descriptors that come along with the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vfio_fds: Option<Vec<RestoredDevice>>,
+    /// An iommufd descriptor that comes along with the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommufd_fd: Option<i32>,
+    /// Whether the guest runs at once.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub resume: bool,
+    /// Host NUMA nodes of memory zones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub zone_updates: Vec<ZoneUpdate>,
+}
+
+impl RestoreConfig {
+    /// The directory to read from.
+    pub fn directory(&self) -> Result<PathBuf, UrlError> {
+        file_url(&self.source_url)
+    }
+}
+
+/// When the memory of a snapshot is read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryRestoreMode {
+    /// Before the guest runs.
+    #[default]
+    Copy,
+    /// When the guest touches it.
+    OnDemand,
+}
+
+/// TAP descriptors for a restored network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoredNet {
+    /// The device.
+    pub id: String,
+    /// How many descriptors come along.
+    pub num_fds: usize,
+    /// Descriptor numbers, which mean nothing in JSON.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
+}
+
+/// A descriptor for a restored VFIO device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoredDevice {
+    /// The device.
+    pub id: String,
+    /// A descriptor number, which means nothing in JSON.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
+}
+
+/// Host NUMA node of a memory zone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ZoneUpdate {
+    /// The zone.
+    pub id: String,
+    /// The node.
+    pub host_numa_node: u32,
+}
+
+/// A URL Dyad cannot use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UrlError {
+    /// Not `file:`.
+    #[error("'{0}' is no file URL: expected file:///path/of/a/directory")]
+    NotFile(String),
+    /// Not `tcp:`.
+    #[error("'{0}' is no TCP address: expected tcp:HOST:PORT, as in tcp:10.0.0.2:7700")]
+    NotTcp(String),
+    /// An arbiter Dyad does not know.
+    #[error("'{0}' is no arbiter Dyad supports: expected file:/directory/shared/by/both/hosts")]
+    NotArbiter(String),
+}
+
+/// `file:///path`, also in the short form `file:/path`.
+pub(super) fn file_url(url: &str) -> Result<PathBuf, UrlError> {
+    let path = url.strip_prefix("file://").or_else(|| url.strip_prefix("file:"));
+    match path {
+        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
+        _ => Err(UrlError::NotFile(url.to_owned())),
+    }
+}
