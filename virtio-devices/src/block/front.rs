@@ -1,0 +1,475 @@
+//! The guest-visible half of a disk.
+//!
+//! Data to write is copied out of guest memory at the notify, data read is copied in when its
+//! completion is applied. Requests whose order matters are handed out one after the other
+//! ([`super::overlap`]). A request stays in the state until its completion, so that a machine which
+//! goes live can issue it again.
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+
+use super::overlap::Footprint;
+use super::state::{BlockCounters, BlockState, Pending, Reply};
+use crate::effect::{
+    BlockCompletion, BlockOp, BlockRequest, BlockStatus, DeviceEvent, Effect, SECTOR_SIZE,
+};
+use crate::front::{DriverError, Front, FrontError, FrontState, Io, StateError, copy_config};
+use crate::queue::{
+    Buffer, Chain, in_memory, pages, read_buffers, slice_buffers, total_len, write_buffers,
+};
+
+/// Bytes of the serial number (virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID).
+pub const SERIAL_SIZE: usize = 20;
+
+/// Data of one request at most; more is answered with an I/O error. A driver that keeps to the offered
+/// segment limits cannot get there.
+pub const MAX_REQUEST_BYTES: u32 = 4 << 20;
+
+const QUEUE_SIZE: u16 = 128;
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+const SEGMENT_SIZE_MAX: u32 = 32 << 10;
+/// Requests and data taken from the queue and not completed. Beyond, chains stay in the queue.
+const OUTSTANDING_MAX: usize = 2 * QUEUE_SIZE as usize;
+const OUTSTANDING_BYTES_MAX: u64 = 16 << 20;
+const DISCARD_SECTORS_MAX: u32 = 1 << 22;
+/// Smaller: a host file system that cannot zero a range has the zeroes written out.
+const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 16;
+
+/// Feature bits (virtio 1.2, 5.2.3).
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Request types (virtio 1.2, 5.2.6).
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+
+const HEADER_SIZE: u64 = 16;
+const SEGMENT_SIZE: u64 = 16;
+const SEGMENT_UNMAP: u32 = 1;
+
+/// What a disk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockConfig {
+    /// Size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Serial number; at most [`SERIAL_SIZE`] bytes of it count.
+    pub serial: String,
+}
+
+/// The front half.
+#[derive(Debug)]
+pub struct BlockFront {
+    state: BlockState,
+}
+
+/// What a request turned out to be.
+enum Parsed {
+    /// Answered at once, with so many bytes of data written.
+    Done { status: BlockStatus, written: u32 },
+    /// Needs the disk. `data` is where read data goes.
+    Disk { op: BlockOp, data: Vec<Buffer>, pages: Vec<u64> },
+}
+
+impl Parsed {
+    fn failed(status: BlockStatus) -> Self {
+        Self::Done { status, written: 0 }
+    }
+}
+
+impl BlockFront {
+    /// A disk just powered on.
+    #[must_use]
+    pub fn new(config: &BlockConfig) -> Self {
+        let mut serial = config.serial.clone().into_bytes();
+        serial.resize(SERIAL_SIZE, 0);
+        let state = BlockState {
+            sectors: config.sectors,
+            read_only: config.read_only,
+            serial,
+            features: 0,
+            next_id: 0,
+            requests: Vec::new(),
+            counters: BlockCounters::default(),
+        };
+        Self { state }
+    }
+
+    fn configuration(&self) -> [u8; 60] {
+        let mut c = [0; 60];
+        let mut put = |at: usize, value: u32| c[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        put(0, self.state.sectors as u32);
+        put(4, (self.state.sectors >> 32) as u32);
+        put(8, SEGMENT_SIZE_MAX);
+        put(12, SEGMENTS_MAX);
+        put(20, SECTOR_SIZE as u32);
+        put(36, DISCARD_SECTORS_MAX);
+        put(40, 1);
+        put(44, 1);
+        put(48, WRITE_ZEROES_SECTORS_MAX);
+        put(52, 1);
+        put(56, 1);
+        c
+    }
+
+    fn has_room(&self) -> bool {
+        let bytes: u64 = self.state.requests.iter().map(|p| data_len(&p.request.op)).sum();
+        self.state.requests.len() < OUTSTANDING_MAX && bytes < OUTSTANDING_BYTES_MAX
+    }
+
+    /// Takes requests from the queue while there is room, and hands out what may go.
+    fn take_requests<M: GuestMemory>(&mut self, io: &mut Io<'_, M>) -> Result<(), DriverError> {
+        while io.live && self.has_room() {
+            let Some(chain) = io.queues[0].pop(io.memory)? else {
+                io.queues[0].request_notify(io.memory)?;
+                break;
+            };
+            self.take_request(&chain, io)?;
+        }
+        Ok(())
+    }
+
+    fn take_request<M: GuestMemory>(
+        &mut self,
+        chain: &Chain,
+        io: &mut Io<'_, M>,
+    ) -> Result<(), DriverError> {
+        // The status is the last byte of the writable part, whatever the framing (5.2.6, 2.7.4.3).
+        let data_len = chain.writable_len().checked_sub(1).ok_or(DriverError::ShortChain)?;
+        let status = slice_buffers(&chain.writable, data_len, 1)[0].address;
+        let target = slice_buffers(&chain.writable, 0, data_len);
+        match self.parse(chain, target, io.memory)? {
+            Parsed::Done { status: code, written } => {
+                let reply = Reply { head: chain.head, status, data: Vec::new() };
+                self.answer(&reply, code, written, io)
+            }
+            Parsed::Disk { op, data, pages } => {
+                let footprint = footprint(&op, pages);
+                let id = self.next_id();
+                self.state.requests.push(Pending {
+                    request: BlockRequest { id, op },
+                    footprint,
+                    issued: false,
+                    reply: Some(Reply { head: chain.head, status, data }),
+                });
+                let last = self.state.requests.len() - 1;
+                self.issue_if_free(last, io);
+                Ok(())
+            }
+        }
+    }
+
+    fn next_id(&mut self) -> u64 {
+        let id = self.state.next_id;
+        self.state.next_id += 1;
+        id
+    }
+
+    /// `target` is the writable part without the status byte.
+    fn parse<M: GuestMemory>(
+        &self,
+        chain: &Chain,
+        target: Vec<Buffer>,
+        memory: &M,
+    ) -> Result<Parsed, DriverError> {
+        let mut header = [0; HEADER_SIZE as usize];
+        read_buffers(memory, &chain.readable, &mut header)?;
+        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let sector = le64(&header[8..]);
+        let source_len = chain.readable_len() - HEADER_SIZE;
+        let source = slice_buffers(&chain.readable, HEADER_SIZE, source_len);
+        Ok(match kind {
+            T_IN => self.parse_read(sector, target, memory),
+            T_OUT => self.parse_write(sector, &source, memory),
+            T_FLUSH => Parsed::Disk { op: BlockOp::Flush, data: Vec::new(), pages: Vec::new() },
+            T_GET_ID => match write_buffers(memory, &target, &self.state.serial) {
+                Ok(written) => Parsed::Done { status: BlockStatus::Ok, written: written as u32 },
+                Err(_) => Parsed::failed(BlockStatus::IoError),
+            },
+            T_DISCARD | T_WRITE_ZEROES => self.parse_range(kind == T_WRITE_ZEROES, &source, memory),
+            _ => Parsed::failed(BlockStatus::Unsupported),
+        })
+    }
+
+    fn parse_read<M: GuestMemory>(&self, sector: u64, data: Vec<Buffer>, memory: &M) -> Parsed {
+        let len = total_len(&data);
+        if !self.proper_transfer(sector, len) || !in_memory(memory, &data, Permissions::Write) {
+            return Parsed::failed(BlockStatus::IoError);
+        }
+        let pages = pages(&data);
+        Parsed::Disk { op: BlockOp::Read { sector, len: len as u32 }, data, pages }
+    }
+
+    fn parse_write<M: GuestMemory>(&self, sector: u64, source: &[Buffer], memory: &M) -> Parsed {
+        let len = total_len(source);
+        if self.state.read_only || !self.proper_transfer(sector, len) {
+            return Parsed::failed(BlockStatus::IoError);
+        }
+        let mut data = vec![0; len as usize];
+        if read_buffers(memory, source, &mut data).is_err() {
+            return Parsed::failed(BlockStatus::IoError);
+        }
+        let op = BlockOp::Write { sector, data: Arc::from(data) };
+        Parsed::Disk { op, data: Vec::new(), pages: pages(source) }
+    }
+
+    /// Discard and write zeroes: one segment of sector, count and flags (5.2.6).
+    fn parse_range<M: GuestMemory>(&self, zeroes: bool, source: &[Buffer], memory: &M) -> Parsed {
+        let mut segment = [0; SEGMENT_SIZE as usize];
+        if self.state.read_only
+            || total_len(source) != SEGMENT_SIZE
+            || read_buffers(memory, source, &mut segment).is_err()
+        {
+            return Parsed::failed(BlockStatus::IoError);
+        }
+        let sector = le64(&segment);
+        let tail = le64(&segment[8..]);
+        let (count, flags) = (tail as u32, (tail >> 32) as u32);
+        let (limit, allowed) = if zeroes {
+            (WRITE_ZEROES_SECTORS_MAX, SEGMENT_UNMAP)
+        } else {
+            (DISCARD_SECTORS_MAX, 0)
+        };
+        if flags & !allowed != 0 {
+            return Parsed::failed(BlockStatus::Unsupported);
+        }
+        let sectors = u64::from(count);
+        if count == 0 || count > limit || !self.on_disk(sector, sectors) {
+            return Parsed::failed(BlockStatus::IoError);
+        }
+        let op = if zeroes {
+            BlockOp::WriteZeroes { sector, sectors, unmap: flags & SEGMENT_UNMAP != 0 }
+        } else {
+            BlockOp::Discard { sector, sectors }
+        };
+        Parsed::Disk { op, data: Vec::new(), pages: Vec::new() }
+    }
+
+    fn proper_transfer(&self, sector: u64, len: u64) -> bool {
+        len > 0
+            && len <= u64::from(MAX_REQUEST_BYTES)
+            && len.is_multiple_of(SECTOR_SIZE)
+            && self.on_disk(sector, len / SECTOR_SIZE)
+    }
+
+    fn on_disk(&self, sector: u64, sectors: u64) -> bool {
+        sector.checked_add(sectors).is_some_and(|end| end <= self.state.sectors)
+    }
+
+    /// Hands the request at `index` out unless an earlier one is in its way.
+    fn issue_if_free<M: GuestMemory>(&mut self, index: usize, io: &mut Io<'_, M>) {
+        let (earlier, rest) = self.state.requests.split_at_mut(index);
+        let request = &mut rest[0];
+        if earlier.iter().any(|other| other.footprint.conflicts_with(&request.footprint)) {
+            return;
+        }
+        request.issued = true;
+        io.effects.push(Effect::Block(request.request.clone()));
+    }
+
+    fn answer<M: GuestMemory>(
+        &mut self,
+        reply: &Reply,
+        status: BlockStatus,
+        written: u32,
+        io: &mut Io<'_, M>,
+    ) -> Result<(), DriverError> {
+        if status != BlockStatus::Ok {
+            self.state.counters.errors += 1;
+        }
+        io.memory
+            .write_obj(status.byte(), GuestAddress(reply.status))
+            .map_err(|_| DriverError::Memory { address: reply.status, len: 1 })?;
+        io.queues[0].push_used(io.memory, reply.head, written + 1)
+    }
+
+    fn complete<M: GuestMemory>(
+        &mut self,
+        completion: BlockCompletion,
+        io: &mut Io<'_, M>,
+    ) -> Result<(), FrontError> {
+        let id = completion.id;
+        let found = self.state.requests.iter().position(|p| p.issued && p.request.id == id);
+        let index = found.ok_or(FrontError::UnknownRequest { id })?;
+        if self.must_flush_after(index, completion.status) {
+            let id = self.next_id();
+            let pending = &mut self.state.requests[index];
+            pending.request = BlockRequest { id, op: BlockOp::Flush };
+            io.effects.push(Effect::Block(pending.request.clone()));
+            return Ok(());
+        }
+        let pending = self.state.requests.remove(index);
+        let mut outcome = Ok(());
+        if let Some(reply) = &pending.reply
+            && io.live
+        {
+            outcome = self.finish(&pending, reply, completion, io);
+        }
+        for index in index..self.state.requests.len() {
+            if !self.state.requests[index].issued {
+                self.issue_if_free(index, io);
+            }
+        }
+        outcome?;
+        Ok(self.take_requests(io)?)
+    }
+
+    /// Without VIRTIO_BLK_F_FLUSH the driver takes a completed write for durable (5.2.6.2).
+    fn must_flush_after(&self, index: usize, status: BlockStatus) -> bool {
+        let pending = &self.state.requests[index];
+        let writes = pending.footprint.writes_disk && pending.request.op != BlockOp::Flush;
+        let write_through = self.state.features & F_FLUSH == 0;
+        writes && write_through && status == BlockStatus::Ok && pending.reply.is_some()
+    }
+
+    fn finish<M: GuestMemory>(
+        &mut self,
+        pending: &Pending,
+        reply: &Reply,
+        completion: BlockCompletion,
+        io: &mut Io<'_, M>,
+    ) -> Result<(), DriverError> {
+        let mut status = completion.status;
+        let mut written = 0;
+        let counters = &mut self.state.counters;
+        match &pending.request.op {
+            BlockOp::Read { len, .. } if status == BlockStatus::Ok => {
+                // A completion that is short would leave the guest with stale memory.
+                if completion.data.len() == *len as usize {
+                    counters.read_ops += 1;
+                    counters.read_bytes += u64::from(*len);
+                    written = write_buffers(io.memory, &reply.data, &completion.data)? as u32;
+                } else {
+                    status = BlockStatus::IoError;
+                }
+            }
+            BlockOp::Write { data, .. } if status == BlockStatus::Ok => {
+                counters.write_ops += 1;
+                counters.write_bytes += data.len() as u64;
+            }
+            BlockOp::Flush => counters.flush_ops += 1,
+            _ => {}
+        }
+        self.answer(reply, status, written, io)
+    }
+}
+
+impl<M: GuestMemory> Front<M> for BlockFront {
+    fn device_id(&self) -> u16 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        let common = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH;
+        common | if self.state.read_only { F_RO } else { F_DISCARD | F_WRITE_ZEROES }
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        copy_config(&self.configuration(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    fn activate(&mut self, features: u64) {
+        self.state.features = features;
+    }
+
+    fn reset(&mut self) {
+        self.state.features = 0;
+        // What waits has had no effect. What was handed out is beyond recall.
+        self.state.requests.retain(|p| p.issued);
+        for pending in &mut self.state.requests {
+            pending.reply = None;
+        }
+    }
+
+    fn notify(&mut self, _queue: usize, io: &mut Io<'_, M>) -> Result<(), DriverError> {
+        self.take_requests(io)
+    }
+
+    fn event(&mut self, event: DeviceEvent, io: &mut Io<'_, M>) -> Result<(), FrontError> {
+        match event {
+            DeviceEvent::BlockCompletion(completion) => self.complete(completion, io),
+            other => Err(FrontError::WrongDevice { event: other.name(), device_id: 2 }),
+        }
+    }
+
+    fn outstanding(&self) -> Vec<Effect> {
+        let issued = self.state.requests.iter().filter(|p| p.issued);
+        issued.map(|p| Effect::Block(p.request.clone())).collect()
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.state.counters;
+        vec![
+            ("read_bytes", c.read_bytes),
+            ("read_ops", c.read_ops),
+            ("write_bytes", c.write_bytes),
+            ("write_ops", c.write_ops),
+            ("flush_ops", c.flush_ops),
+            ("errors", c.errors),
+        ]
+    }
+
+    fn save(&self) -> FrontState {
+        FrontState::Block(self.state.clone())
+    }
+
+    fn restore(&mut self, state: &FrontState) -> Result<(), StateError> {
+        let FrontState::Block(state) = state else {
+            return Err(StateError::Mismatch { what: "device type" });
+        };
+        if state.serial.len() != SERIAL_SIZE {
+            return Err(StateError::Invalid { what: "serial number" });
+        }
+        if state.sectors != self.state.sectors {
+            return Err(StateError::Mismatch { what: "disk size" });
+        }
+        if state.read_only != self.state.read_only {
+            return Err(StateError::Mismatch { what: "read-only setting" });
+        }
+        self.state = state.clone();
+        Ok(())
+    }
+}
+
+fn le64(bytes: &[u8]) -> u64 {
+    bytes.iter().take(8).rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}
+
+/// Bytes a request keeps or will bring.
+fn data_len(op: &BlockOp) -> u64 {
+    match op {
+        BlockOp::Read { len, .. } => u64::from(*len),
+        BlockOp::Write { data, .. } => data.len() as u64,
+        BlockOp::Flush | BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => 0,
+    }
+}
+
+fn footprint(op: &BlockOp, pages: Vec<u64>) -> Footprint {
+    let (sector, sectors, writes_disk) = match op {
+        BlockOp::Read { sector, len } => (*sector, u64::from(*len) / SECTOR_SIZE, false),
+        BlockOp::Write { sector, data } => (*sector, data.len() as u64 / SECTOR_SIZE, true),
+        BlockOp::Flush => (0, 0, false),
+        BlockOp::Discard { sector, sectors } | BlockOp::WriteZeroes { sector, sectors, .. } => {
+            (*sector, *sectors, true)
+        }
+    };
+    let writes_pages = matches!(op, BlockOp::Read { .. });
+    Footprint { sector, sectors, writes_disk, pages, writes_pages }
+}

@@ -1,0 +1,8 @@
+//! The block device (virtio 1.2, 5.2).
+
+mod front;
+mod overlap;
+mod state;
+
+pub use front::{BlockConfig, BlockFront, MAX_REQUEST_BYTES, SERIAL_SIZE};
+pub use state::BlockState;

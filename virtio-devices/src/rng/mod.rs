@@ -1,0 +1,7 @@
+//! The entropy device (virtio 1.2, 5.4).
+
+mod front;
+mod state;
+
+pub use front::RngFront;
+pub use state::RngState;
