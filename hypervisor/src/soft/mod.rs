@@ -8,6 +8,7 @@
 mod access;
 mod cpu;
 mod cpuid;
+mod descriptor;
 mod exception;
 mod flags;
 mod fpu;
