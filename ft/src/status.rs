@@ -1,0 +1,107 @@
+//! What `ft.status` tells, in the shape in which it is shown.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Percentiles, Unequal};
+
+/// Protection as one side sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FtStatus {
+    /// `none`, `primary`, `backup`, or `alone` once a claim was won.
+    pub role: String,
+    /// The state machine's state, as `protected` or `waiting for arbiter`.
+    pub state: String,
+    /// `lockstep` or `checkpoint`.
+    pub mode: String,
+    /// Name of the pair.
+    pub pair: Option<String>,
+    /// The generation this side runs in.
+    pub generation: u64,
+    /// Who the other side is.
+    pub peer: Option<String>,
+    /// Where claims are made.
+    pub arbiter_url: Option<String>,
+    /// Why this side is in its state, if it is not the plain course of things.
+    pub reason: Option<String>,
+    /// Points and positions.
+    pub log: LogStatus,
+    /// Lag now, in microseconds.
+    pub lag_us: u64,
+    /// Lags measured.
+    pub lag: Percentiles,
+    /// How long outputs were held.
+    pub output_delay: Percentiles,
+    /// Outputs held now.
+    pub held_outputs: u64,
+    /// Bytes of them.
+    pub held_output_bytes: u64,
+    /// Fraction of CPU time taken from the primary.
+    pub throttle: f64,
+    /// Whether the primary stands still because buffers are full.
+    pub stalled: bool,
+    /// How often it did.
+    pub stalls: u64,
+    /// Digests compared.
+    pub digests_compared: u64,
+    /// Digests that differed.
+    pub digests_unequal: u64,
+    /// The last difference.
+    pub last_unequal: Option<Unequal>,
+    /// Progress of the copy, while one is made.
+    pub clone: Option<CloneStatus>,
+    /// The last failover of this VM on this side.
+    pub last_failover: Option<Failover>,
+}
+
+/// How far the log has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LogStatus {
+    /// Execution point recorded last.
+    pub recorded_point: u64,
+    /// Execution point of what the backup has acknowledged.
+    pub acknowledged_point: u64,
+    /// Execution point that the backup has reached.
+    pub executed_point: u64,
+    /// Bytes recorded.
+    pub recorded_bytes: u64,
+    /// Bytes acknowledged.
+    pub acknowledged_bytes: u64,
+    /// Bytes executed.
+    pub executed_bytes: u64,
+    /// Rate of the last second or so.
+    pub mbit_per_s: f64,
+}
+
+/// A copy being made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneStatus {
+    /// Bytes of memory to copy.
+    pub total_bytes: u64,
+    /// Bytes sent, repeats included.
+    pub sent_bytes: u64,
+    /// Rounds over memory.
+    pub rounds: u64,
+    /// How long the guest stood still, once known.
+    pub pause_us: Option<u64>,
+}
+
+/// What happened when, in microseconds from the moment the other side was heard last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failover {
+    /// Why.
+    pub cause: String,
+    /// Suspicion.
+    pub suspected_us: u64,
+    /// Every record received was executed (on the backup).
+    pub drained_us: Option<u64>,
+    /// The lease of the other side had run out (on the backup).
+    pub lease_over_us: Option<u64>,
+    /// The claim was first asked for.
+    pub asked_us: Option<u64>,
+    /// The claim was answered.
+    pub claimed_us: Option<u64>,
+    /// The guest ran on alone.
+    pub live_us: Option<u64>,
+    /// The generation that started.
+    pub generation: u64,
+}

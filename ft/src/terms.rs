@@ -1,0 +1,220 @@
+//! What a pair agrees on before protection starts: versions, capabilities, timing.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Generation, PairId};
+
+/// Version of the messages and of the log. Two sides must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// How a protected VM's disks are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskMode {
+    /// Both hosts reach one image; only the live side touches it.
+    Shared,
+    /// Each side has its own image.
+    Mirrored,
+}
+
+/// What a side needs (the primary) or has to offer (the backup).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    /// The CPU that guests see, as `soft-v1`. Must be equal.
+    pub cpu_model: String,
+    /// Guest memory: the primary's VM has it, the backup can give it.
+    pub memory_bytes: u64,
+    /// Kinds of device: the primary's VM has them, the backup knows them.
+    pub devices: Vec<String>,
+    /// Disk modes: the primary wants one, the backup knows them.
+    pub disk_modes: Vec<DiskMode>,
+}
+
+impl Capabilities {
+    /// Why an offering side (`self`) cannot take a VM with `needs`, each difference named; empty if
+    /// it can.
+    pub fn lacking(&self, needs: &Capabilities) -> Vec<String> {
+        let mut lacking = Vec::new();
+        if self.cpu_model != needs.cpu_model {
+            lacking.push(format!(
+                "the primary's VM has the CPU model {:?}, the backup has {:?}",
+                needs.cpu_model, self.cpu_model
+            ));
+        }
+        if self.memory_bytes < needs.memory_bytes {
+            lacking.push(format!(
+                "the VM has {} bytes of memory, the backup can give {}",
+                needs.memory_bytes, self.memory_bytes
+            ));
+        }
+        for device in needs.devices.iter().filter(|device| !self.devices.contains(device)) {
+            lacking.push(format!("the backup does not know the device {device:?}"));
+        }
+        for mode in needs.disk_modes.iter().filter(|mode| !self.disk_modes.contains(mode)) {
+            lacking.push(format!("the backup does not know the disk mode {mode:?}"));
+        }
+        lacking
+    }
+}
+
+/// The times that the two sides measure each other by. Chosen by the primary and sent to the backup:
+/// were they to differ, fencing would not hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// How often each side says that it is there.
+    pub heartbeat_ms: u64,
+    /// Silence after which a side suspects the other.
+    pub failure_timeout_ms: u64,
+    /// How long after sending a heartbeat that the backup has echoed the primary may still release
+    /// outputs.
+    pub lease_ms: u64,
+    /// How much longer than the lease the backup waits before it goes live: covers the drift of the
+    /// two clocks over a lease, and the time from the primary's last look at its lease to the end of
+    /// the system call that performs the output.
+    pub lease_margin_ms: u64,
+    /// Silence that is allowed while the clone is made, when the channel is full of memory pages.
+    pub clone_timeout_ms: u64,
+    /// How long to wait before asking an arbiter again that could not be reached.
+    pub claim_retry_ms: u64,
+    /// Lag above which the primary is stopped until the backup has caught up.
+    pub max_lag_ms: u64,
+}
+
+/// A [`Timing`] that cannot work.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BadTiming {
+    /// Zero or beyond a day.
+    #[error("{name} is {value}; use 1 to 86400000")]
+    OutOfRange {
+        /// Which.
+        name: &'static str,
+        /// Its value.
+        value: u64,
+    },
+    /// Heartbeats too rare.
+    #[error(
+        "heartbeat_ms is {heartbeat_ms} and failure_timeout_ms {failure_timeout_ms}; the timeout must be at least twice the heartbeat"
+    )]
+    RareHeartbeats {
+        /// The heartbeat.
+        heartbeat_ms: u64,
+        /// The timeout.
+        failure_timeout_ms: u64,
+    },
+    /// Lease too short to be renewed.
+    #[error(
+        "lease_ms is {lease_ms} and heartbeat_ms {heartbeat_ms}; the lease must be at least twice the heartbeat"
+    )]
+    ShortLease {
+        /// The lease.
+        lease_ms: u64,
+        /// The heartbeat.
+        heartbeat_ms: u64,
+    },
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self::new(20, 200, 100)
+    }
+}
+
+impl Timing {
+    /// Derives the rest: the lease is as long as the failure timeout, so that fencing does not delay
+    /// a failover after silence.
+    pub fn new(heartbeat_ms: u64, failure_timeout_ms: u64, max_lag_ms: u64) -> Self {
+        Self {
+            heartbeat_ms,
+            failure_timeout_ms,
+            lease_ms: failure_timeout_ms,
+            lease_margin_ms: (failure_timeout_ms / 10).max(5),
+            clone_timeout_ms: failure_timeout_ms.saturating_mul(10).max(10_000),
+            claim_retry_ms: (failure_timeout_ms / 2).max(10),
+            max_lag_ms,
+        }
+    }
+
+    /// Checks the numbers, which come from an operator or a peer.
+    pub fn check(&self) -> Result<(), BadTiming> {
+        for (name, value) in [
+            ("heartbeat_ms", self.heartbeat_ms),
+            ("failure_timeout_ms", self.failure_timeout_ms),
+            ("lease_ms", self.lease_ms),
+            ("lease_margin_ms", self.lease_margin_ms),
+            ("clone_timeout_ms", self.clone_timeout_ms),
+            ("claim_retry_ms", self.claim_retry_ms),
+            ("max_lag_ms", self.max_lag_ms),
+        ] {
+            if !(1..=86_400_000).contains(&value) {
+                return Err(BadTiming::OutOfRange { name, value });
+            }
+        }
+        if self.failure_timeout_ms < 2 * self.heartbeat_ms {
+            return Err(BadTiming::RareHeartbeats {
+                heartbeat_ms: self.heartbeat_ms,
+                failure_timeout_ms: self.failure_timeout_ms,
+            });
+        }
+        if self.lease_ms < 2 * self.heartbeat_ms {
+            return Err(BadTiming::ShortLease {
+                lease_ms: self.lease_ms,
+                heartbeat_ms: self.heartbeat_ms,
+            });
+        }
+        Ok(())
+    }
+
+    /// [`Timing::heartbeat_ms`].
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms)
+    }
+
+    /// [`Timing::failure_timeout_ms`].
+    pub fn failure_timeout(&self) -> Duration {
+        Duration::from_millis(self.failure_timeout_ms)
+    }
+
+    /// [`Timing::lease_ms`].
+    pub fn lease(&self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// [`Timing::lease_ms`] and [`Timing::lease_margin_ms`].
+    pub fn lease_and_margin(&self) -> Duration {
+        Duration::from_millis(self.lease_ms + self.lease_margin_ms)
+    }
+
+    /// [`Timing::clone_timeout_ms`].
+    pub fn clone_timeout(&self) -> Duration {
+        Duration::from_millis(self.clone_timeout_ms)
+    }
+
+    /// [`Timing::claim_retry_ms`].
+    pub fn claim_retry(&self) -> Duration {
+        Duration::from_millis(self.claim_retry_ms)
+    }
+
+    /// [`Timing::max_lag_ms`].
+    pub fn max_lag(&self) -> Duration {
+        Duration::from_millis(self.max_lag_ms)
+    }
+}
+
+/// What the primary asks of a backup for one generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// The VM.
+    pub pair: PairId,
+    /// This period of protection.
+    pub generation: Generation,
+    /// The times.
+    pub timing: Timing,
+    /// Bytes of log that may be appended and not yet executed; beyond, the primary stalls.
+    pub log_buffer_bytes: u64,
+    /// Where claims are made, as `file:DIR`.
+    pub arbiter_url: String,
+    /// How disks are held.
+    pub disk_mode: DiskMode,
+}
