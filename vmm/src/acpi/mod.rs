@@ -2,7 +2,7 @@
 //!
 //! The fixed (not hardware-reduced) model of ACPI: power button, PM timer and S5 through the PM1
 //! registers, which Linux drives without any code in the DSDT. There are no GPEs and no legacy
-//! interrupt controllers. The tables depend on nothing but constants and the size of RAM.
+//! interrupt controllers. The tables depend on nothing but constants.
 
 use acpi_tables::aml::{
     self, AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
@@ -22,15 +22,15 @@ const OEM_TABLE: [u8; 8] = *b"DYADVM  ";
 const OEM_REVISION: u32 = 1;
 
 /// Writes all tables to [`layout::ACPI`], the RSDP first.
-pub fn write(memory: &GuestMemory, ram_size: u64) -> Result<(), GuestMemoryError> {
-    memory.write_slice(&tables(ram_size), GuestAddress(layout::ACPI.start))
+pub fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&tables(), GuestAddress(layout::ACPI.start))
 }
 
 /// The tables as they stand in memory from [`layout::ACPI`] on.
-fn tables(ram_size: u64) -> Vec<u8> {
+fn tables() -> Vec<u8> {
     let mut image = Image { bytes: vec![0; Rsdp::len().next_multiple_of(ALIGNMENT)] };
     let facs = image.add(&FACS::new());
-    let dsdt = image.add(&dsdt(ram_size));
+    let dsdt = image.add(&dsdt());
     let fadt = image.add(&fadt(facs, dsdt).finalize());
     let madt = image.add(&madt());
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -127,18 +127,16 @@ fn madt() -> Sdt {
 }
 
 /// DSDT: PCI root, serial port, RTC, reserved memory, processor and `\_S5`.
-fn dsdt(ram_size: u64) -> Sdt {
+fn dsdt() -> Sdt {
     let mut code = Vec::new();
-    pci_root(ram_size, &mut code);
+    pci_root(&mut code);
     platform(&mut code);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&code);
     dsdt
 }
 
-fn pci_root(ram_size: u64, code: &mut Vec<u8>) {
-    let mmio64 = layout::mmio64(ram_size);
-    let write_combining_off = AddressSpaceCacheable::NotCacheable;
+fn pci_root(code: &mut Vec<u8>) {
     Device::new(
         "\\_SB_.PCI0".into(),
         vec![
@@ -154,17 +152,10 @@ fn pci_root(ram_size: u64, code: &mut Vec<u8>) {
                     &AddressSpace::new_bus_number(0u16, 0),
                     &IO::new(layout::PCI_CONFIG_ADDRESS, layout::PCI_CONFIG_ADDRESS, 1, 8),
                     &AddressSpace::new_memory(
-                        write_combining_off,
+                        AddressSpaceCacheable::NotCacheable,
                         true,
                         layout::MMIO32.start as u32,
                         (layout::MMIO32.end - 1) as u32,
-                        None,
-                    ),
-                    &AddressSpace::new_memory(
-                        write_combining_off,
-                        true,
-                        mmio64.start,
-                        mmio64.end - 1,
                         None,
                     ),
                 ]),
@@ -261,7 +252,7 @@ mod tests {
 
     #[test]
     fn from_the_rsdp_every_table_is_reached_with_a_right_checksum() {
-        let image = tables(1 << 30);
+        let image = tables();
         assert!(image.len() as u64 <= layout::ACPI.end - layout::ACPI.start);
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
@@ -284,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_fixed_registers_are_where_the_devices_answer() {
-        let image = tables(1 << 30);
+        let image = tables();
         let xsdt = table(&image, u64_at(&image, 24));
         let fadt = table(&image, u64_at(&xsdt[36..], 0));
         let u32_at = |offset: usize| u32::from_le_bytes(fadt[offset..offset + 4].try_into().unwrap());

@@ -75,8 +75,9 @@ fn memory_map(ram_size: u64) -> Vec<boot_e820_entry> {
         },
     ];
     for (start, size) in layout::ram_ranges(ram_size) {
-        let from = start.0.max(layout::HIGH_MEMORY);
-        map.push(boot_e820_entry { addr: from, size: start.0 + size - from, r#type: E820_RAM });
+        let from = start.max(layout::HIGH_MEMORY);
+        let end = start + size as u64;
+        map.push(boot_e820_entry { addr: from, size: end - from, r#type: E820_RAM });
     }
     map.push(boot_e820_entry {
         addr: layout::ECAM.start,
@@ -124,7 +125,7 @@ mod tests {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write_page_tables(&memory).unwrap();
         let entry = |table: u64, index: u64| -> u64 {
-            memory.read_obj((GuestAddress(table + 8 * index)).to_owned()).unwrap()
+            memory.read_obj(GuestAddress(table + 8 * index)).unwrap()
         };
         for address in [0u64, 0x20_0000, 0x1234_5678, 0xffff_ffff] {
             let pdpt = entry(layout::PAGE_TABLES, 0) & !0xfff;

@@ -5,14 +5,12 @@
 
 use std::ops::Range;
 
-use vm_memory::GuestAddress;
-
 /// RAM below this address is contiguous from 0; what does not fit continues at [`HIGH_RAM`].
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM continues when there is more than [`LOW_RAM_END`].
 pub const HIGH_RAM: u64 = 1 << 32;
 
-/// The window below 4 GiB for memory BARs.
+/// The window for memory BARs.
 pub const MMIO32: Range<u64> = 0xc000_0000..0xe800_0000;
 /// PCI configuration space, memory-mapped (PCI Express enhanced configuration access).
 pub const ECAM: Range<u64> = 0xe800_0000..0xe810_0000;
@@ -20,8 +18,6 @@ pub const ECAM: Range<u64> = 0xe800_0000..0xe810_0000;
 pub const IOAPIC: u64 = 0xfec0_0000;
 /// LAPIC registers; likewise.
 pub const LAPIC: u64 = 0xfee0_0000;
-/// Size of the window for 64-bit memory BARs, which starts at [`mmio64`].
-pub const MMIO64_SIZE: u64 = 16 << 30;
 
 /// GDT of the entry to 64-bit mode.
 pub const GDT: u64 = 0x500;
@@ -69,21 +65,13 @@ pub const RESET_VALUE: u8 = 0x06;
 
 /// The RAM ranges (address, bytes) of a machine with `size` bytes.
 #[must_use]
-pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+pub fn ram_ranges(size: u64) -> Vec<(u64, usize)> {
     let low = size.min(LOW_RAM_END);
-    let mut ranges = vec![(GuestAddress(0), low)];
+    let mut ranges = vec![(0, low as usize)];
     if size > low {
-        ranges.push((GuestAddress(HIGH_RAM), size - low));
+        ranges.push((HIGH_RAM, (size - low) as usize));
     }
     ranges
-}
-
-/// The window for 64-bit memory BARs on a machine with `size` bytes of RAM, aligned to 1 GiB.
-#[must_use]
-pub fn mmio64(size: u64) -> Range<u64> {
-    let ram_end = HIGH_RAM + size.saturating_sub(LOW_RAM_END);
-    let start = ram_end.next_multiple_of(1 << 30);
-    start..start + MMIO64_SIZE
 }
 
 #[cfg(test)]
@@ -92,10 +80,8 @@ mod tests {
 
     #[test]
     fn ram_is_split_around_the_hole_below_4_gib() {
-        assert_eq!(ram_ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
-        assert_eq!(ram_ranges(3 << 30), [(GuestAddress(0), 3 << 30)]);
-        assert_eq!(ram_ranges(5 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(1 << 32), 2 << 30)]);
-        assert_eq!(mmio64(1 << 30).start, 4 << 30);
-        assert_eq!(mmio64((5 << 30) + 1).start, 7 << 30);
+        assert_eq!(ram_ranges(1 << 30), [(0, 1 << 30)]);
+        assert_eq!(ram_ranges(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(ram_ranges(5 << 30), [(0, 3 << 30), (1 << 32, 2 << 30)]);
     }
 }
