@@ -5,8 +5,8 @@
 //! interrupt controllers. The tables depend on nothing but constants.
 
 use acpi_tables::aml::{
-    self, AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    Package, ResourceTemplate, Scope,
+    self, AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed,
+    Name, Package, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -219,10 +219,7 @@ fn platform(code: &mut Vec<u8>) {
         "\\_SB_".into(),
         vec![&Device::new(
             "CPU0".into(),
-            vec![
-                &Name::new("_HID".into(), &"ACPI0007"),
-                &Name::new("_UID".into(), &aml::ZERO),
-            ],
+            vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &aml::ZERO)],
         )],
     )
     .to_aml_bytes(code);
@@ -278,13 +275,17 @@ mod tests {
         let image = tables();
         let xsdt = table(&image, u64_at(&image, 24));
         let fadt = table(&image, u64_at(&xsdt[36..], 0));
-        let u32_at = |offset: usize| u32::from_le_bytes(fadt[offset..offset + 4].try_into().unwrap());
+        let u32_at =
+            |offset: usize| u32::from_le_bytes(fadt[offset..offset + 4].try_into().unwrap());
         // Offsets of ACPI 6.5, table 5.9.
         assert_eq!(u32_at(56), u32::from(layout::PM1_EVENT));
         assert_eq!(u32_at(64), u32::from(layout::PM1_CONTROL));
         assert_eq!(u32_at(76), u32::from(layout::PM_TIMER));
         assert_eq!(fadt[46], layout::SCI_IRQ);
-        assert_eq!((fadt[128], u64_at(fadt, 120)), (layout::RESET_VALUE, u64::from(layout::RESET_CONTROL)));
+        assert_eq!(
+            (fadt[128], u64_at(fadt, 120)),
+            (layout::RESET_VALUE, u64::from(layout::RESET_CONTROL))
+        );
         let hardware_reduced = 1 << 20;
         let power_button_is_no_fixed_one = 1 << 4;
         assert_eq!(u32_at(112) & (hardware_reduced | power_button_is_no_fixed_one), 0);

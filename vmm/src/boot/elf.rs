@@ -37,7 +37,9 @@ pub enum ElfError {
         end: u64,
     },
     /// A segment lies where the loader keeps its own structures.
-    #[error("the kernel wants to be loaded at {start:#x}, below 1 MiB; a Linux kernel for this VM lies above")]
+    #[error(
+        "the kernel wants to be loaded at {start:#x}, below 1 MiB; a Linux kernel for this VM lies above"
+    )]
     TooLow {
         /// First byte.
         start: u64,
@@ -102,7 +104,11 @@ pub fn load(file: &[u8], memory: &GuestMemory) -> Result<Loaded, ElfError> {
     Ok(Loaded { entry, end })
 }
 
-fn write(file: &[u8], segment: &Segment, memory: &GuestMemory) -> Result<(), vm_memory::GuestMemoryError> {
+fn write(
+    file: &[u8],
+    segment: &Segment,
+    memory: &GuestMemory,
+) -> Result<(), vm_memory::GuestMemoryError> {
     // `parse` has checked that the range lies in the file.
     let data = &file[segment.offset as usize..][..segment.file_size as usize];
     memory.write_slice(data, GuestAddress(segment.address))?;
@@ -110,7 +116,11 @@ fn write(file: &[u8], segment: &Segment, memory: &GuestMemory) -> Result<(), vm_
 }
 
 /// Zeroes `size` bytes of guest memory from `address`.
-pub fn zero(memory: &GuestMemory, mut address: u64, mut size: u64) -> Result<(), vm_memory::GuestMemoryError> {
+pub fn zero(
+    memory: &GuestMemory,
+    mut address: u64,
+    mut size: u64,
+) -> Result<(), vm_memory::GuestMemoryError> {
     const ZEROES: [u8; 4096] = [0; 4096];
     while size > 0 {
         let len = size.min(ZEROES.len() as u64);
@@ -160,7 +170,10 @@ fn parse(file: &[u8]) -> Result<(u64, Vec<Segment>), ElfError> {
         if u32_at(program_header, 0) != PT_LOAD || segment.memory_size == 0 {
             continue;
         }
-        let in_file = segment.offset.checked_add(segment.file_size).is_some_and(|end| end <= file.len() as u64);
+        let in_file = segment
+            .offset
+            .checked_add(segment.file_size)
+            .is_some_and(|end| end <= file.len() as u64);
         if !in_file {
             return Err(ElfError::CutShort { what: "a segment" });
         }
@@ -241,10 +254,19 @@ pub(super) mod tests {
         };
         assert!(matches!(with(4, &[1]), ElfError::NotExecutable { reason: "it is a 32-bit one" }));
         assert!(matches!(with(18, &[183]), ElfError::NotExecutable { .. }));
-        assert!(matches!(with(32, &[0xff; 8]), ElfError::CutShort { what: "the program header table" }));
-        assert!(matches!(with(EHDR_SIZE + 8, &[0xff; 8]), ElfError::CutShort { what: "a segment" }));
+        assert!(matches!(
+            with(32, &[0xff; 8]),
+            ElfError::CutShort { what: "the program header table" }
+        ));
+        assert!(matches!(
+            with(EHDR_SIZE + 8, &[0xff; 8]),
+            ElfError::CutShort { what: "a segment" }
+        ));
         assert!(matches!(with(EHDR_SIZE + 40, &[0xff; 8]), ElfError::OutsideMemory { .. }));
-        assert!(matches!(with(EHDR_SIZE + 24, &0x1000u64.to_le_bytes()), ElfError::TooLow { start: 0x1000 }));
+        assert!(matches!(
+            with(EHDR_SIZE + 24, &0x1000u64.to_le_bytes()),
+            ElfError::TooLow { start: 0x1000 }
+        ));
         assert!(matches!(with(24, &[0; 8]), ElfError::BadEntry { entry: 0 }));
         assert!(matches!(with(56, &[0, 0]), ElfError::NoSegments));
         assert!(matches!(load(b"\x7fELF", &memory), Err(ElfError::NotExecutable { .. })));

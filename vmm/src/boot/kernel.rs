@@ -130,7 +130,8 @@ pub(super) mod tests {
             ..Default::default()
         };
         let mut file = vec![0; 1024 + 16];
-        file[HEADER..HEADER + size_of::<setup_header>()].copy_from_slice(vm_memory::ByteValued::as_slice(&header));
+        file[HEADER..HEADER + size_of::<setup_header>()]
+            .copy_from_slice(vm_memory::ByteValued::as_slice(&header));
         file.extend(payload);
         file.extend([0xee; 100]);
         file

@@ -29,12 +29,13 @@ pub struct BootInfo {
 }
 
 /// Writes all of it; the result is where to start.
-pub fn write(info: &BootInfo, entry: u64, memory: &GuestMemory) -> Result<LongModeEntry, GuestMemoryError> {
-    let mut params = boot_params {
-        hdr: info.header,
-        acpi_rsdp_addr: layout::ACPI.start,
-        ..Default::default()
-    };
+pub fn write(
+    info: &BootInfo,
+    entry: u64,
+    memory: &GuestMemory,
+) -> Result<LongModeEntry, GuestMemoryError> {
+    let mut params =
+        boot_params { hdr: info.header, acpi_rsdp_addr: layout::ACPI.start, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = info.cmdline_len;
@@ -44,7 +45,8 @@ pub fn write(info: &BootInfo, entry: u64, memory: &GuestMemory) -> Result<LongMo
     let map = memory_map(info.ram_size);
     params.e820_table[..map.len()].copy_from_slice(&map);
     params.e820_entries = map.len() as u8;
-    memory.write_slice(vm_memory::ByteValued::as_slice(&params), GuestAddress(layout::BOOT_PARAMS))?;
+    memory
+        .write_slice(vm_memory::ByteValued::as_slice(&params), GuestAddress(layout::BOOT_PARAMS))?;
 
     write_page_tables(memory)?;
     // Null, unused, 64-bit code, data (Intel SDM vol. 3, 3.4.5): flat, present, DPL 0.
@@ -101,7 +103,10 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
         memory.write_obj((directory | PRESENT_WRITABLE).to_le(), GuestAddress(pdpt + 8 * gib))?;
         for page in 0..512 {
             let address = (gib << 30) | (page << 21);
-            memory.write_obj((address | LARGE | PRESENT_WRITABLE).to_le(), GuestAddress(directory + 8 * page))?;
+            memory.write_obj(
+                (address | LARGE | PRESENT_WRITABLE).to_le(),
+                GuestAddress(directory + 8 * page),
+            )?;
         }
     }
     Ok(())

@@ -114,7 +114,9 @@ pub fn load(
     if let Some(path) = initramfs_path {
         let file = read_file("initramfs", path, ram_size)?;
         let size = file.len() as u64;
-        let limit = ram_size.min(layout::LOW_RAM_END).min(u64::from(kernel.header.initrd_addr_max).saturating_add(1));
+        let limit = ram_size
+            .min(layout::LOW_RAM_END)
+            .min(u64::from(kernel.header.initrd_addr_max).saturating_add(1));
         let address = place_initramfs(size, loaded.end, limit)?;
         memory.write_slice(&file, GuestAddress(address)).map_err(LoadError::Memory)?;
         initramfs = (address, size);
@@ -127,7 +129,11 @@ pub fn load(
 fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<Vec<u8>, LoadError> {
     let failed = |source| LoadError::Read { what, path: path.to_owned(), source };
     let mut content = Vec::new();
-    File::open(path).map_err(failed)?.take(ram_size + 1).read_to_end(&mut content).map_err(failed)?;
+    File::open(path)
+        .map_err(failed)?
+        .take(ram_size + 1)
+        .read_to_end(&mut content)
+        .map_err(failed)?;
     if content.len() as u64 > ram_size {
         return Err(LoadError::FileTooLarge { what, path: path.to_owned(), ram_size });
     }
@@ -192,7 +198,8 @@ mod tests {
         assert_eq!(read(&memory, layout::CMDLINE, 14), b"console=ttyS0\0");
         // Fields at their offsets in Documentation/arch/x86/zero-page.rst.
         let params = read(&memory, layout::BOOT_PARAMS, 4096);
-        let u32_at = |offset: usize| u32::from_le_bytes(params[offset..offset + 4].try_into().unwrap());
+        let u32_at =
+            |offset: usize| u32::from_le_bytes(params[offset..offset + 4].try_into().unwrap());
         assert_eq!(&params[0x202..0x206], b"HdrS");
         assert_eq!(params[0x210], 0xff);
         assert_eq!(u64::from(u32_at(0x228)), layout::CMDLINE);
@@ -209,14 +216,35 @@ mod tests {
         let text = |result: Result<LongModeEntry, LoadError>| result.unwrap_err().to_string();
         let missing = Path::new("/nonexistent/vmlinuz");
         assert!(text(load(&memory, missing, None, "")).contains("/nonexistent/vmlinuz"));
-        assert!(text(load(&memory, kernel.path(), Some(missing), "")).contains("initramfs /nonexistent"));
-        assert!(matches!(load(&memory, file(b"text").path(), None, ""), Err(LoadError::Kernel { .. })));
-        assert!(matches!(load(&memory, file(b"\x7fELF").path(), None, ""), Err(LoadError::Elf { .. })));
-        assert!(matches!(load(&memory, Path::new("/dev/zero"), None, ""), Err(LoadError::FileTooLarge { .. })));
+        assert!(
+            text(load(&memory, kernel.path(), Some(missing), ""))
+                .contains("initramfs /nonexistent")
+        );
+        assert!(matches!(
+            load(&memory, file(b"text").path(), None, ""),
+            Err(LoadError::Kernel { .. })
+        ));
+        assert!(matches!(
+            load(&memory, file(b"\x7fELF").path(), None, ""),
+            Err(LoadError::Elf { .. })
+        ));
+        assert!(matches!(
+            load(&memory, Path::new("/dev/zero"), None, ""),
+            Err(LoadError::FileTooLarge { .. })
+        ));
         let long = "x".repeat(2048);
-        assert!(matches!(load(&memory, kernel.path(), None, &long), Err(LoadError::CmdlineTooLong { len: 2048, max: 2047 })));
-        assert!(matches!(load(&memory, kernel.path(), None, "a\0b"), Err(LoadError::CmdlineNul { position: 1 })));
+        assert!(matches!(
+            load(&memory, kernel.path(), None, &long),
+            Err(LoadError::CmdlineTooLong { len: 2048, max: 2047 })
+        ));
+        assert!(matches!(
+            load(&memory, kernel.path(), None, "a\0b"),
+            Err(LoadError::CmdlineNul { position: 1 })
+        ));
         let large = file(&vec![1; 63 << 20]);
-        assert!(matches!(load(&memory, kernel.path(), Some(large.path()), ""), Err(LoadError::InitramfsPlace { .. })));
+        assert!(matches!(
+            load(&memory, kernel.path(), Some(large.path()), ""),
+            Err(LoadError::InitramfsPlace { .. })
+        ));
     }
 }

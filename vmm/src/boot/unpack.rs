@@ -16,7 +16,9 @@ pub enum UnpackError {
         magic: Vec<u8>,
     },
     /// A format that kernels can have and this unpacker has not.
-    #[error("the kernel is compressed with {format}; use one compressed with gzip, xz, lzma, lz4 or zstd")]
+    #[error(
+        "the kernel is compressed with {format}; use one compressed with gzip, xz, lzma, lz4 or zstd"
+    )]
     UnsupportedFormat {
         /// Its name.
         format: &'static str,
@@ -49,11 +51,13 @@ pub fn unpack(payload: &[u8], limit: u64) -> Result<Vec<u8>, UnpackError> {
         [0x7f, b'E', b'L', b'F', ..] => Ok(payload.to_vec()),
         [0x1f, 0x8b, ..] => read("gzip", flate2::read::GzDecoder::new(payload), limit),
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            let stream = liblzma::stream::Stream::new_stream_decoder(DECODER_MEMORY, 0).map_err(|e| damaged("xz", e.into()))?;
+            let stream = liblzma::stream::Stream::new_stream_decoder(DECODER_MEMORY, 0)
+                .map_err(|e| damaged("xz", e.into()))?;
             read("xz", liblzma::read::XzDecoder::new_stream(payload, stream), limit)
         }
         [0x5d, 0, 0, ..] => {
-            let stream = liblzma::stream::Stream::new_lzma_decoder(DECODER_MEMORY).map_err(|e| damaged("lzma", e.into()))?;
+            let stream = liblzma::stream::Stream::new_lzma_decoder(DECODER_MEMORY)
+                .map_err(|e| damaged("lzma", e.into()))?;
             read("lzma", liblzma::read::XzDecoder::new_stream(payload, stream), limit)
         }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
@@ -74,7 +78,10 @@ fn damaged(format: &'static str, source: std::io::Error) -> UnpackError {
 
 fn read(format: &'static str, decoder: impl Read, limit: u64) -> Result<Vec<u8>, UnpackError> {
     let mut unpacked = Vec::new();
-    decoder.take(limit.saturating_add(1)).read_to_end(&mut unpacked).map_err(|source| damaged(format, source))?;
+    decoder
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut unpacked)
+        .map_err(|source| damaged(format, source))?;
     if unpacked.len() as u64 > limit {
         return Err(UnpackError::TooLarge { limit });
     }
@@ -84,7 +91,8 @@ fn read(format: &'static str, decoder: impl Read, limit: u64) -> Result<Vec<u8>,
 /// Blocks, each after its packed size. A frame ends with its data, so the unpacked size that the
 /// kernel's build appends looks like one more block's size: it is what remains when four bytes are left.
 fn unpack_lz4(mut rest: &[u8], limit: u64) -> Result<Vec<u8>, UnpackError> {
-    let invalid = |what: String| damaged("lz4", std::io::Error::new(std::io::ErrorKind::InvalidData, what));
+    let invalid =
+        |what: String| damaged("lz4", std::io::Error::new(std::io::ErrorKind::InvalidData, what));
     let mut unpacked = Vec::new();
     let mut block = vec![0; LZ4_BLOCK];
     while let Some((size, after)) = rest.split_first_chunk::<4>() {
@@ -95,7 +103,8 @@ fn unpack_lz4(mut rest: &[u8], limit: u64) -> Result<Vec<u8>, UnpackError> {
         let Some((packed, after)) = after.split_at_checked(size) else {
             return Err(invalid(format!("a block of {size} bytes with only {} left", after.len())));
         };
-        let len = lz4_flex::block::decompress_into(packed, &mut block).map_err(|e| invalid(e.to_string()))?;
+        let len = lz4_flex::block::decompress_into(packed, &mut block)
+            .map_err(|e| invalid(e.to_string()))?;
         unpacked.extend_from_slice(&block[..len]);
         if unpacked.len() as u64 > limit {
             return Err(UnpackError::TooLarge { limit });
@@ -116,7 +125,8 @@ pub(super) mod tests {
         let mut packed = match format {
             "none" => return data.to_vec(),
             "gzip" => {
-                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+                let mut encoder =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
                 encoder.write_all(data).unwrap();
                 return encoder.finish().unwrap();
             }
@@ -124,7 +134,11 @@ pub(super) mod tests {
                 let mut filters = liblzma::stream::Filters::new();
                 filters.x86();
                 filters.lzma2(&liblzma::stream::LzmaOptions::new_preset(6).unwrap());
-                let stream = liblzma::stream::Stream::new_stream_encoder(&filters, liblzma::stream::Check::Crc32).unwrap();
+                let stream = liblzma::stream::Stream::new_stream_encoder(
+                    &filters,
+                    liblzma::stream::Check::Crc32,
+                )
+                .unwrap();
                 let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
                 encoder.write_all(data).unwrap();
                 encoder.finish().unwrap()
@@ -154,7 +168,9 @@ pub(super) mod tests {
 
     /// Something that compresses, but not to nothing, and longer than one LZ4 block.
     fn sample() -> Vec<u8> {
-        (0u32..(9 << 20) / 4).flat_map(|n| (n / 3).wrapping_mul(0x9e37_79b9).to_le_bytes()).collect()
+        (0u32..(9 << 20) / 4)
+            .flat_map(|n| (n / 3).wrapping_mul(0x9e37_79b9).to_le_bytes())
+            .collect()
     }
 
     #[test]
@@ -163,7 +179,10 @@ pub(super) mod tests {
         for format in ["gzip", "xz", "lzma", "zstd", "lz4"] {
             let packed = pack(format, &data);
             assert!(unpack(&packed, data.len() as u64).unwrap() == data, "{format}");
-            assert!(matches!(unpack(&packed, data.len() as u64 - 1), Err(UnpackError::TooLarge { .. })), "{format}");
+            assert!(
+                matches!(unpack(&packed, data.len() as u64 - 1), Err(UnpackError::TooLarge { .. })),
+                "{format}"
+            );
         }
     }
 
@@ -179,8 +198,14 @@ pub(super) mod tests {
 
     #[test]
     fn other_formats_are_named() {
-        assert!(matches!(unpack(b"BZh91AY", 1 << 20), Err(UnpackError::UnsupportedFormat { format: "bzip2" })));
-        assert!(matches!(unpack(b"\x89LZO\0", 1 << 20), Err(UnpackError::UnsupportedFormat { format: "lzo" })));
+        assert!(matches!(
+            unpack(b"BZh91AY", 1 << 20),
+            Err(UnpackError::UnsupportedFormat { format: "bzip2" })
+        ));
+        assert!(matches!(
+            unpack(b"\x89LZO\0", 1 << 20),
+            Err(UnpackError::UnsupportedFormat { format: "lzo" })
+        ));
         assert!(matches!(unpack(b"hello", 1 << 20), Err(UnpackError::UnknownFormat { .. })));
         assert!(matches!(unpack(b"", 1 << 20), Err(UnpackError::UnknownFormat { .. })));
     }

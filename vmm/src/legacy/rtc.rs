@@ -221,7 +221,8 @@ impl Fields {
         let day_of_year = (153 * month_from_march + 2) / 5 + i64::from(self.day) - 1;
         let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
         let days = era * 146_097 + day_of_era - 719_468;
-        let time = i64::from(self.hour) * 3600 + i64::from(self.minute) * 60 + i64::from(self.second);
+        let time =
+            i64::from(self.hour) * 3600 + i64::from(self.minute) * 60 + i64::from(self.second);
         days * 86_400 + time
     }
 
@@ -249,7 +250,8 @@ mod tests {
     }
 
     fn shown(rtc: &mut Rtc, tsc: u64) -> [u8; 8] {
-        [CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS].map(|index| read(rtc, index, tsc))
+        [CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS]
+            .map(|index| read(rtc, index, tsc))
     }
 
     #[test]
@@ -267,9 +269,15 @@ mod tests {
         let mut rtc = Rtc::new(0);
         let tsc = 7 * TSC_HZ;
         write(&mut rtc, STATUS_B, SET | BINARY, tsc);
-        for (index, value) in
-            [(CENTURY, 20), (YEAR, 31), (MONTH, 12), (DAY, 31), (HOURS, 23), (MINUTES, 59), (SECONDS, 59)]
-        {
+        for (index, value) in [
+            (CENTURY, 20),
+            (YEAR, 31),
+            (MONTH, 12),
+            (DAY, 31),
+            (HOURS, 23),
+            (MINUTES, 59),
+            (SECONDS, 59),
+        ] {
             write(&mut rtc, index, value, tsc);
         }
         assert_eq!(shown(&mut rtc, 9 * TSC_HZ)[7], 59);

@@ -19,7 +19,9 @@ impl Bus for Machine {
     fn pio_read(&mut self, port: u16, data: &mut [u8], cx: &mut AccessContext<'_>) {
         data.fill(0xff);
         match (port, data.len()) {
-            (layout::PCI_CONFIG_ADDRESS, 4) => data.copy_from_slice(&self.pci.address().to_le_bytes()),
+            (layout::PCI_CONFIG_ADDRESS, 4) => {
+                data.copy_from_slice(&self.pci.address().to_le_bytes())
+            }
             (layout::PCI_CONFIG_DATA..=PCI_DATA_END, _) if in_dword(port, data) => {
                 let at = self.pci.selected(port);
                 self.pci.config_read(at, data);

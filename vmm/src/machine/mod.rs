@@ -158,7 +158,11 @@ pub(crate) fn place(config: &VmConfig) -> Result<Vec<Placed>, PciError> {
 
     let wanted: Vec<_> = devices.iter().map(|(_, _, slot)| *slot).collect();
     let slots = pci::assign_slots(&wanted)?;
-    Ok(devices.into_iter().zip(slots).map(|((id, kind, _), slot)| Placed { id, kind, slot }).collect())
+    Ok(devices
+        .into_iter()
+        .zip(slots)
+        .map(|((id, kind, _), slot)| Placed { id, kind, slot })
+        .collect())
 }
 
 fn front(
@@ -275,7 +279,11 @@ impl Machine {
         result.map_err(|source| MachineError::Event { device, source })
     }
 
-    fn control(&mut self, control: Control, cx: &mut AccessContext<'_>) -> Result<(), MachineError> {
+    fn control(
+        &mut self,
+        control: Control,
+        cx: &mut AccessContext<'_>,
+    ) -> Result<(), MachineError> {
         match control {
             Control::PowerButton => {
                 self.power.press_button();
@@ -284,7 +292,9 @@ impl Machine {
             Control::PowerOff => self.push(MachineEffect::PowerOff, cx),
             Control::Reset => self.push(MachineEffect::Reset, cx),
             Control::Pause | Control::Resume | Control::Disable | Control::HandOver => {
-                return Err(MachineError::NotForMachine { event: "control operation of the run loop" });
+                return Err(MachineError::NotForMachine {
+                    event: "control operation of the run loop",
+                });
             }
         }
         Ok(())
@@ -355,7 +365,9 @@ impl Machine {
     fn route(&mut self, device: u8, effects: Effects, cx: &mut AccessContext<'_>) {
         for effect in effects {
             match effect {
-                Effect::Interrupt { address, data } => cx.interrupts.signal_msi(Msi { address, data }),
+                Effect::Interrupt { address, data } => {
+                    cx.interrupts.signal_msi(Msi { address, data })
+                }
                 Effect::Block(request) => self.push(MachineEffect::Block { device, request }, cx),
                 Effect::Frames(frames) => self.push(MachineEffect::Frames { device, frames }, cx),
                 Effect::ConsoleOutput(bytes) => {

@@ -87,7 +87,8 @@ impl Machine {
             ("pci".to_owned(), encode(&self.pci.address())),
         ];
         for placed in &self.placed {
-            let device = self.pci.device(placed.slot).map(virtio_devices::VirtioPci::<GuestMemory>::save);
+            let device =
+                self.pci.device(placed.slot).map(virtio_devices::VirtioPci::<GuestMemory>::save);
             parts.push((placed.id.clone(), encode(&device)));
         }
         parts

@@ -16,7 +16,10 @@ impl Machine {
     pub fn device_tree(&self) -> DeviceTree {
         let mut tree = DeviceTree::new();
         let mut add = |node: DeviceNode| tree.insert(node.id.clone(), node);
-        add(node("__ioapic", vec![Resource::MmioAddressRange { base: layout::IOAPIC, size: 0x20 }]));
+        add(node(
+            "__ioapic",
+            vec![Resource::MmioAddressRange { base: layout::IOAPIC, size: 0x20 }],
+        ));
         if self.serial.is_some() {
             let ports = Resource::PioAddressRange { base: layout::COM1, size: 8 };
             let irq = Resource::LegacyIrq(u32::from(layout::COM1_IRQ));

@@ -107,8 +107,10 @@ impl PciBus {
     /// A bus with `fronts` in the slots they come with.
     #[must_use]
     pub fn new(fronts: Vec<(u8, Box<dyn Front<GuestMemory>>)>) -> Self {
-        let devices =
-            fronts.into_iter().map(|(slot, front)| (slot, VirtioPci::new(front, bar_address(slot)))).collect();
+        let devices = fronts
+            .into_iter()
+            .map(|(slot, front)| (slot, VirtioPci::new(front, bar_address(slot))))
+            .collect();
         Self { address: 0, devices }
     }
 
@@ -166,8 +168,10 @@ impl PciBus {
         }
         let offset = address - layout::ECAM.start;
         let function = (offset >> 12) & 7;
-        (function == 0)
-            .then_some(ConfigAddress { slot: (offset >> 15) as u8, offset: (offset & 0xfff) as u16 })
+        (function == 0).then_some(ConfigAddress {
+            slot: (offset >> 15) as u8,
+            offset: (offset & 0xfff) as u16,
+        })
     }
 
     /// Reads configuration space; all ones where there is nothing. `data` does not cross a dword.
@@ -217,7 +221,9 @@ impl PciBus {
             return Err(PciStateError::Slots { saved, configured });
         }
         for ((slot, device), saved) in self.devices.iter_mut().zip(state.devices.values()) {
-            device.restore(saved).map_err(|source| PciStateError::Device { slot: *slot, source })?;
+            device
+                .restore(saved)
+                .map_err(|source| PciStateError::Device { slot: *slot, source })?;
         }
         self.address = state.address;
         Ok(())
