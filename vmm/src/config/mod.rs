@@ -8,12 +8,14 @@
 //! Rules of the JSON: unknown keys are ignored, a key given twice is an error, unset optional fields are
 //! left out of answers, `null` is accepted only where a field is optional.
 
+mod cli;
 mod compute;
 mod devices;
-
+mod option_string;
 mod unsupported;
 mod validate;
 
+pub use cli::{OptionError, VmOptions};
 pub use compute::{
     CoreScheduling, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig, HotplugMethod,
     MemoryConfig, MemoryZoneConfig, NumaConfig, NumaDistance, PciSegmentConfig, PlatformConfig,
@@ -23,7 +25,7 @@ pub use devices::{
     MacAddress, MacAddressError, NetConfig, PciCommon, QueueAffinity, RateLimitGroupConfig,
     RateLimiterConfig, RngConfig, SerialConfig, TokenBucketConfig, VhostMode,
 };
-
+pub use option_string::{OptionString, OptionStringError, Toggle, parse_size};
 pub use unsupported::{
     BalloonConfig, DeviceConfig, FsConfig, GenericVhostUserConfig, LandlockAccess, LandlockConfig,
     PmemConfig, RtcConfig, TpmConfig, UserDeviceConfig, VdpaConfig, VsockConfig,

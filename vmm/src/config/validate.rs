@@ -281,7 +281,7 @@ fn validate_memory(memory: &MemoryConfig) -> Result<(), ValidationError> {
             (memory.reserve, "'reserve'"),
         ],
     )?;
-    if memory.size == 0 || memory.size % 4096 != 0 {
+    if memory.size == 0 || !memory.size.is_multiple_of(4096) {
         return Err(ValidationError::MemorySize { size: memory.size });
     }
     Ok(())
