@@ -23,7 +23,6 @@ pub mod effect;
 pub mod front;
 pub mod net;
 pub mod pci;
-mod poll;
 pub mod queue;
 pub mod rng;
 

@@ -19,7 +19,6 @@ mod ops;
 mod paging;
 mod ram;
 mod tlb;
-mod x87;
 
 use serde::{Deserialize, Serialize};
 

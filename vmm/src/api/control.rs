@@ -73,6 +73,19 @@ pub trait Control {
 
     /// On the primary: goes on unprotected; the backup is discarded.
     fn ft_disable(&mut self) -> Result<(), ControlError>;
+
+    /// Whether the guest has ended by itself. Asked whenever a [`Doorbell`](super::Doorbell) was rung;
+    /// afterwards [`Control::shutdown`] or [`Control::delete`] follows.
+    fn ended(&self) -> Option<VmEnd>;
+}
+
+/// How a guest ended by itself. A reset is no end: it is followed within the VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmEnd {
+    /// It switched itself off.
+    PowerOff,
+    /// Something in the VMM failed, and the guest cannot go on.
+    Failure(String),
 }
 
 /// State of a configured VM.

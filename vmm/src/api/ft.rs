@@ -3,8 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
 
+use ::ft::{BadTiming, Timing};
+pub use ::ft::{DiskMode, FtStatus};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::types::{UrlError, file_url};
@@ -109,7 +110,7 @@ pub struct FtEnableConfig {
     /// Who decides which side may live. The same for both sides.
     pub arbiter_url: ArbiterUrl,
     /// Who has the disks.
-    #[serde(default)]
+    #[serde(default = "default_disk_mode")]
     pub disk_mode: DiskMode,
     /// Milliseconds between heartbeats.
     #[serde(default = "default_heartbeat_ms")]
@@ -125,16 +126,20 @@ pub struct FtEnableConfig {
     pub log_buffer_bytes: u64,
 }
 
+fn default_disk_mode() -> DiskMode {
+    DiskMode::Shared
+}
+
 fn default_heartbeat_ms() -> u64 {
-    50
+    Timing::default().heartbeat_ms
 }
 
 fn default_failure_timeout_ms() -> u64 {
-    400
+    Timing::default().failure_timeout_ms
 }
 
 fn default_max_lag_ms() -> u64 {
-    100
+    Timing::default().max_lag_ms
 }
 
 fn default_log_buffer_bytes() -> u64 {
@@ -142,24 +147,21 @@ fn default_log_buffer_bytes() -> u64 {
 }
 
 /// A value in [`FtEnableConfig`] that cannot work.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FtConfigError {
     /// A mode Dyad does not have yet.
     #[error("Dyad does not support {0} yet")]
     Unsupported(&'static str),
-    /// A number out of range.
-    #[error("'{field}' is {value}; it must be from {min} to {max}")]
-    Range {
-        /// JSON field.
-        field: &'static str,
-        /// The value found.
-        value: u64,
-        /// Least value.
-        min: u64,
-        /// Greatest value.
-        max: u64,
-    },
+    /// Times that cannot work.
+    #[error(transparent)]
+    Timing(#[from] BadTiming),
+    /// A log buffer too small to work with, or larger than any host could want.
+    #[error("'log_buffer_bytes' is {0}; it must be from {least} to {most}", least = LOG_BUFFER.start(), most = LOG_BUFFER.end())]
+    LogBuffer(u64),
 }
+
+/// What `log_buffer_bytes` may be.
+const LOG_BUFFER: std::ops::RangeInclusive<u64> = 64 << 10..=4 << 30;
 
 impl FtEnableConfig {
     /// The least one can say: both sides' addresses, all else by default.
@@ -168,7 +170,7 @@ impl FtEnableConfig {
             backup_url,
             mode: FtMode::default(),
             arbiter_url,
-            disk_mode: DiskMode::default(),
+            disk_mode: default_disk_mode(),
             heartbeat_ms: default_heartbeat_ms(),
             failure_timeout_ms: default_failure_timeout_ms(),
             max_lag_ms: default_max_lag_ms(),
@@ -184,34 +186,16 @@ impl FtEnableConfig {
         if self.disk_mode == DiskMode::Mirrored {
             return Err(FtConfigError::Unsupported("mirrored disks: 'disk_mode' mirrored"));
         }
-        // Below three heartbeats, one delayed heartbeat would count as a death.
-        let least_timeout = self.heartbeat_ms.saturating_mul(3);
-        for (field, value, min, max) in [
-            ("heartbeat_ms", self.heartbeat_ms, 1, 10_000),
-            ("failure_timeout_ms", self.failure_timeout_ms, least_timeout, 60_000),
-            ("max_lag_ms", self.max_lag_ms, 1, 60_000),
-            ("log_buffer_bytes", self.log_buffer_bytes, 64 << 10, 4 << 30),
-        ] {
-            if !(min..=max).contains(&value) {
-                return Err(FtConfigError::Range { field, value, min, max });
-            }
+        self.timing().check()?;
+        if !LOG_BUFFER.contains(&self.log_buffer_bytes) {
+            return Err(FtConfigError::LogBuffer(self.log_buffer_bytes));
         }
         Ok(())
     }
 
-    /// Time between heartbeats.
-    pub fn heartbeat(&self) -> Duration {
-        Duration::from_millis(self.heartbeat_ms)
-    }
-
-    /// Silence after which the other side counts as dead.
-    pub fn failure_timeout(&self) -> Duration {
-        Duration::from_millis(self.failure_timeout_ms)
-    }
-
-    /// How far the backup may be behind.
-    pub fn max_lag(&self) -> Duration {
-        Duration::from_millis(self.max_lag_ms)
+    /// The times both sides go by.
+    pub fn timing(&self) -> Timing {
+        Timing::new(self.heartbeat_ms, self.failure_timeout_ms, self.max_lag_ms)
     }
 }
 
@@ -226,148 +210,74 @@ pub enum FtMode {
     Checkpoint,
 }
 
-/// Who has the disks of a protected VM.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DiskMode {
-    /// Both hosts reach one image; only the live side touches it.
-    #[default]
-    Shared,
-    /// Each side has its own image.
-    Mirrored,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
 
-/// What this VMM is in a pair.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FtRole {
-    /// Not in a pair.
-    #[default]
-    None,
-    /// Its guest is the live one, and recorded.
-    Primary,
-    /// Its guest follows.
-    Backup,
-}
+    fn enable(change: impl FnOnce(&mut serde_json::Value)) -> Result<FtEnableConfig, String> {
+        let mut json = json!({"backup_url": "tcp:10.0.0.2:7700", "arbiter_url": "file:/shared"});
+        change(&mut json);
+        let config: FtEnableConfig =
+            serde_json::from_value(json).map_err(|error| error.to_string())?;
+        config.validate().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
 
-/// Where a pair stands.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FtState {
-    /// The VM, if there is one, runs alone.
-    #[default]
-    Unprotected,
-    /// A backup waits for its primary.
-    Listening,
-    /// The VM is being copied.
-    Copying,
-    /// Both sides are in step: the death of the primary would be survived.
-    Protected,
-    /// The sides were unequal; the backup is being made anew and must not go live.
-    Resynchronising,
-    /// The other side is silent; the claim is being asked for.
-    Claiming,
-    /// This side lost the claim; its guest is halted for good.
-    Fenced,
-}
+    #[test]
+    fn urls_are_read_and_written() {
+        for (text, host, port) in [
+            ("tcp:10.0.0.2:7700", "10.0.0.2", 7700),
+            ("tcp:[fe80::1]:1", "fe80::1", 1),
+            ("tcp:backup.example:7700", "backup.example", 7700),
+        ] {
+            let url: TcpUrl = text.parse().unwrap();
+            assert_eq!((url.host.as_str(), url.port), (host, port));
+            assert_eq!(url.to_string(), text);
+        }
+        assert_eq!("tcp://h:1".parse::<TcpUrl>().unwrap().to_string(), "tcp:h:1");
+        for text in
+            ["", "h:1", "tcp:h", "tcp::1", "tcp:h:", "tcp:h:65536", "tcp:fe80::1:1", "udp:h:1"]
+        {
+            let error = text.parse::<TcpUrl>().unwrap_err();
+            assert!(error.to_string().contains("tcp:HOST:PORT"), "{text}");
+        }
+        let arbiter: ArbiterUrl = "file:///shared/dir".parse().unwrap();
+        assert_eq!(arbiter.to_string(), "file:/shared/dir");
+        for text in ["file:shared", "/shared", "etcd:http://h:2379", "file:"] {
+            assert!(text.parse::<ArbiterUrl>().is_err(), "{text}");
+        }
+    }
 
-/// Answer of `ft.status`. Positions are absent outside a pair.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct FtStatus {
-    /// What this side is.
-    pub role: FtRole,
-    /// Where the pair stands.
-    pub state: FtState,
-    /// How the backup follows.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mode: Option<FtMode>,
-    /// Counts the sides that have been live so far.
-    pub generation: u64,
-    /// Address of the other side.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub peer: Option<String>,
-    /// Why the VM is not protected, if it was or was to be.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_error: Option<String>,
-    /// How much of the VM's memory has been copied to the backup, in bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub copied_bytes: Option<u64>,
-    /// Microseconds the guest stood still when it was last protected.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub protect_pause_us: Option<u64>,
-    /// Execution point up to which the log has been written (instructions).
-    pub recorded_point: u64,
-    /// Execution point up to which the backup has received the log.
-    pub acknowledged_point: u64,
-    /// Execution point the backup has executed.
-    pub executed_point: u64,
-    /// Bytes of log written since protection began.
-    pub log_bytes: u64,
-    /// Bytes of log per second, over the last second or so.
-    pub log_bytes_per_second: u64,
-    /// Host time from the primary recording a point to the backup executing it.
-    pub lag_us: Quantiles,
-    /// How long outputs were held.
-    pub output_delay_us: Quantiles,
-    /// Outputs held now.
-    pub held_outputs: u64,
-    /// Share of its time the primary is kept from executing to let the backup catch up, in 1/1000.
-    pub throttle_permille: u32,
-    /// Digests compared.
-    pub digests_compared: u64,
-    /// Digests that differed.
-    pub digests_unequal: u64,
-    /// What happened when this side last went live.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_failover: Option<FailoverReport>,
-}
+    #[test]
+    fn what_is_left_out_has_defaults() {
+        let config = enable(|_| {}).unwrap();
+        assert_eq!(config.timing(), Timing::default());
+        assert_eq!(config.mode, FtMode::Lockstep);
+        assert_eq!(config.disk_mode, DiskMode::Shared);
+        let new = FtEnableConfig::new(config.backup_url.clone(), config.arbiter_url.clone());
+        assert_eq!(config, new);
+        let back = serde_json::to_value(&config).unwrap();
+        assert_eq!(serde_json::from_value::<FtEnableConfig>(back).unwrap(), config);
+    }
 
-/// Median, 99th percentile and maximum of a duration, in microseconds, with the most recent value.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Quantiles {
-    /// Most recent.
-    pub last: u64,
-    /// Median.
-    pub p50: u64,
-    /// 99th percentile.
-    pub p99: u64,
-    /// Maximum.
-    pub max: u64,
-}
-
-/// How a side went live. Times are microseconds since the other side was last heard.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FailoverReport {
-    /// What began it.
-    pub cause: FailoverCause,
-    /// The generation it began.
-    pub generation: u64,
-    /// Unix time, in milliseconds, when this side went live.
-    pub live_unix_ms: u64,
-    /// The other side was given up.
-    pub detected_us: u64,
-    /// The claim was won.
-    pub claimed_us: u64,
-    /// All received records were executed.
-    pub replayed_us: u64,
-    /// The guest ran again and its outputs left.
-    pub live_us: u64,
-    /// Disk requests issued again.
-    pub reissued_disk_requests: u64,
-    /// Held outputs released.
-    pub released_outputs: u64,
-}
-
-/// What began a failover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FailoverCause {
-    /// The other side was silent for too long.
-    Silence,
-    /// The connection was closed.
-    ConnectionLost,
-    /// `ft.failover` on the primary.
-    HandOver,
-    /// `ft.failover` on the backup.
-    TakeOver,
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        for (key, value) in [
+            ("mode", json!("checkpoint")),
+            ("mode", json!("Lockstep")),
+            ("disk_mode", json!("mirrored")),
+            ("heartbeat_ms", json!(0)),
+            ("failure_timeout_ms", json!(30)),
+            ("max_lag_ms", json!(0)),
+            ("log_buffer_bytes", json!(10)),
+            ("backup_url", json!(null)),
+        ] {
+            let error = enable(|json| json[key] = value.clone()).unwrap_err();
+            assert!(
+                error.contains(key) || error.contains("variant") || error.contains("null"),
+                "{key}: {error}"
+            );
+        }
+    }
 }
