@@ -14,6 +14,7 @@
 //!    | Log ... (guest runs, outputs held) -------> |
 //!    | <------------------------------------ Ready |  starts to replay
 //!    | Armed ------------------------------------> |  from here on a claim decides
+//!    | <------------------------------- Protecting |
 //!    | Log -------------------------------------> |
 //!    | <------------------------------------- Ack  |  received, not executed
 //!    | <--------------------------------- Executed |
@@ -81,6 +82,8 @@ pub enum Message {
     Ready,
     /// Primary: from here on neither side may run alone without winning the claim.
     Armed,
+    /// Backup: armed. Only now is the VM protected.
+    Protecting,
     /// Primary: whole records.
     Log {
         /// Where they start.
@@ -194,6 +197,7 @@ impl Message {
             Message::State { .. } => "State",
             Message::Ready => "Ready",
             Message::Armed => "Armed",
+            Message::Protecting => "Protecting",
             Message::Log { .. } => "Log",
             Message::Ack { .. } => "Ack",
             Message::Executed { .. } => "Executed",

@@ -5,6 +5,8 @@
 //! answer is not trusted, since over NFS it can be lost with the link made: what counts is what the
 //! claim's file holds afterwards. For the same reason a claimant that died between link and answer
 //! resolves: its name is in the file, so it has won, and the other loses.
+//!
+//! Claims are never removed: one that is gone could be won again.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -63,7 +65,7 @@ impl FileArbiter {
         file.take(MAX_WHO_BYTES)
             .read_to_end(&mut who)
             .map_err(|error| self.failed("read", path, error))?;
-        Ok(Some(String::from_utf8_lossy(&who).trim_end().to_string()))
+        Ok(Some(String::from_utf8_lossy(&who).into_owned()))
     }
 
     fn flush_directory(&self) -> Result<(), Unreachable> {
