@@ -23,6 +23,7 @@ pub mod effect;
 pub mod front;
 pub mod net;
 pub mod pci;
+mod poll;
 pub mod queue;
 pub mod rng;
 

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | Vendor, family, model, stepping | GenuineIntel, 6, 28, 10 |
 //! | Instructions | x86-64-v2: x87, MMX, SSE to SSE4.2, POPCNT, CMPXCHG16B, LAHF; FSGSBASE, RDTSCP, fast REP MOVSB/STOSB |
-//! | Paging | 4 levels; 4 KiB, 2 MiB, 1 GiB pages; NX, SMEP, SMAP, global pages; 40-bit physical addresses |
+//! | Paging | 4 levels; 4 KiB, 2 MiB, 1 GiB pages; NX, SMEP, SMAP, global pages; 46-bit physical addresses |
 //! | Time | 1 GHz invariant TSC from a 25 MHz crystal, TSC_ADJUST, TSC-deadline timer that never stops |
 //! | Interrupts | xAPIC |
 //! | Absent | AVX, XSAVE, AES, RDRAND, MONITOR, SYSENTER, PCID, x2APIC, virtual-8086, performance counters |
@@ -17,10 +17,8 @@
 //! RDRAND and RDSEED would be inputs that no log holds; entropy comes as an event, through virtio-rng.
 
 use super::irqchip::timer::CRYSTAL_HZ;
+use super::paging::PHYSICAL_ADDRESS_BITS;
 use crate::clock::TSC_HZ;
-
-/// Width of guest-physical addresses.
-pub const PHYSICAL_ADDRESS_BITS: u32 = 40;
 
 /// Width of linear addresses.
 const LINEAR_ADDRESS_BITS: u32 = 48;

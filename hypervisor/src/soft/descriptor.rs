@@ -5,7 +5,7 @@ use super::cpu::{Cpu, SEGMENT_BIG, SEGMENT_LONG, SEGMENT_PRESENT, Segment, Trap}
 /// The privilege bits of a selector.
 pub(super) const SELECTOR_RPL: u16 = 3;
 /// The table bit of a selector: LDT instead of GDT.
-const SELECTOR_LDT: u16 = 4;
+pub(super) const SELECTOR_LDT: u16 = 4;
 
 /// [`Segment::attributes`]: not a system segment.
 const CODE_OR_DATA: u16 = 1 << 4;

@@ -8,6 +8,7 @@
 use super::cpu::{CS, Cpu, RSP, SEGMENT_LONG, SEGMENT_PRESENT, SS, Segment, Trap, TrapKind};
 use super::descriptor::{Descriptor, SELECTOR_RPL};
 use super::flags;
+use super::paging::is_canonical;
 
 /// Divide error.
 pub const DIVIDE_ERROR: u8 = 0;
@@ -80,12 +81,6 @@ impl Event {
     fn external(self) -> u32 {
         if self.source == Source::Software { 0 } else { CODE_EXTERNAL }
     }
-}
-
-/// Whether bits 47 to 63 of `address` are equal.
-#[must_use]
-pub fn is_canonical(address: u64) -> bool {
-    ((address << 16) as i64 >> 16) as u64 == address
 }
 
 impl Cpu {

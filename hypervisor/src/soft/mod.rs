@@ -19,6 +19,7 @@ mod ops;
 mod paging;
 mod ram;
 mod tlb;
+mod x87;
 
 use serde::{Deserialize, Serialize};
 

@@ -4,8 +4,7 @@
 //! that probes is normal, a guest that needs one we lack is found by reading the log.
 
 use super::cpu::{CR0_PG, Cpu, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, FS, GS, Trap};
-use super::cpuid::PHYSICAL_ADDRESS_BITS;
-use super::exception::is_canonical;
+use super::paging::{PHYSICAL_ADDRESS_BITS, is_canonical};
 use serde::{Deserialize, Serialize};
 
 const IA32_TSC: u32 = 0x10;

@@ -1,5 +1,6 @@
 //! The block device (virtio 1.2, 5.2).
 
+pub mod back;
 mod front;
 mod overlap;
 mod state;

@@ -1,5 +1,6 @@
 //! The entropy device (virtio 1.2, 5.4).
 
+pub mod back;
 mod front;
 mod state;
 

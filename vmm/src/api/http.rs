@@ -387,7 +387,7 @@ mod tests {
     #[test]
     fn targets_with_scheme_and_host_are_taken() {
         let path = |target: &str| match reader(format!("GET {target} HTTP/1.1\r\n\r\n").as_bytes())
-            .next()
+            .pull()
         {
             Parsed::Request(request) => request.path,
             other => panic!("{other:?}"),

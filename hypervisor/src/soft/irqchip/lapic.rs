@@ -241,7 +241,6 @@ impl Lapic {
     pub fn write(&mut self, offset: u16, value: u32, now: u64) -> Option<Request> {
         self.advance(now);
         match offset {
-            0x020 => self.id = (value >> 24) as u8,
             0x080 => self.task_priority = value as u8,
             0x0b0 => return self.end_of_interrupt(),
             0x0d0 => self.logical_destination = value & 0xff00_0000,
@@ -259,8 +258,8 @@ impl Lapic {
             0x320..=0x370 => self.set_lvt(usize::from(offset >> 4) - 0x32, value, now),
             0x380 => self.timer.set_initial(self.timer_mode(), value, now),
             0x3e0 => self.timer.set_divide(self.timer_mode(), value, now),
-            // Read-only registers.
-            0x030 | 0x090 | 0x0a0 | 0x0c0 | 0x100..=0x270 | 0x390 => {}
+            // Read-only registers. The id is one, as on recent processors.
+            0x020 | 0x030 | 0x090 | 0x0a0 | 0x0c0 | 0x100..=0x270 | 0x390 => {}
             _ => self.report(ERROR_REGISTER),
         }
         None

@@ -1,10 +1,19 @@
 //! Floating point and vector instructions: x87, MMX, SSE to SSE4.2, FXSAVE.
 
+mod fxsave;
+mod sse_integer;
+mod sse_move;
+mod vector;
+mod x87_control;
+
 use iced_x86::Instruction;
 
 use crate::soft::op::Selected;
 
 /// The handler of an instruction of this group.
-pub fn handler(_instruction: &Instruction) -> Option<Selected> {
-    None
+pub fn handler(instruction: &Instruction) -> Option<Selected> {
+    sse_move::handler(instruction)
+        .or_else(|| sse_integer::handler(instruction))
+        .or_else(|| fxsave::handler(instruction))
+        .or_else(|| x87_control::handler(instruction))
 }

@@ -1,0 +1,404 @@
+//! The host half of a disk: a raw image file or block device.
+//!
+//! One thread executes requests in the order they were submitted. The front half hands out together
+//! only what may be done in any order, so one after the other is always right. The image's size is a
+//! multiple of a sector, as the guest knows no smaller unit.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::effect::{BlockCompletion, BlockOp, BlockRequest, BlockStatus, SECTOR_SIZE};
+
+/// Bytes written at a time where a range of zeroes has to be written out.
+const ZEROES: usize = 128 << 10;
+
+/// Where completions go; called on the disk's thread.
+pub type CompletionSink = Box<dyn Fn(BlockCompletion) + Send>;
+
+/// What can go wrong in opening a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockBackError {
+    /// The image cannot be opened.
+    #[error("cannot open disk image {} for {}", path.display(), if *read_only { "reading" } else { "reading and writing" })]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Whether only for reading.
+        read_only: bool,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("disk image {} is neither a regular file nor a block device", path.display())]
+    Kind {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Its size cannot be found out.
+    #[error("cannot find out the size of disk image {}", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Its size is not a whole number of sectors.
+    #[error(
+        "disk image {} has {bytes} bytes, which is not a multiple of 512; \
+         round it up with 'truncate --size=%512'", path.display()
+    )]
+    OddSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// No thread for it.
+    #[error("cannot start the thread of disk image {}", path.display())]
+    Thread {
+        /// The image.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open disk image.
+#[derive(Debug)]
+pub struct BlockBack {
+    image: Arc<Image>,
+    sectors: u64,
+    sender: mpsc::Sender<BlockRequest>,
+    /// Until started.
+    receiver: Option<mpsc::Receiver<BlockRequest>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Image {
+    path: PathBuf,
+    file: File,
+    halted: AtomicBool,
+}
+
+impl BlockBack {
+    /// Opens the image at `path`. Nothing is read or written yet.
+    ///
+    /// # Errors
+    /// If it cannot be opened or is no disk image.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, BlockBackError> {
+        let path = path.to_path_buf();
+        let mut file = match OpenOptions::new().read(true).write(!read_only).open(&path) {
+            Ok(file) => file,
+            Err(source) => return Err(BlockBackError::Open { path, read_only, source }),
+        };
+        let bytes = match size(&mut file) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Err(BlockBackError::Kind { path }),
+            Err(source) => return Err(BlockBackError::Size { path, source }),
+        };
+        if !bytes.is_multiple_of(SECTOR_SIZE) {
+            return Err(BlockBackError::OddSize { path, bytes });
+        }
+        let (sender, receiver) = mpsc::channel();
+        let image = Arc::new(Image { path, file, halted: AtomicBool::new(false) });
+        let sectors = bytes / SECTOR_SIZE;
+        Ok(Self { image, sectors, sender, receiver: Some(receiver), thread: None })
+    }
+
+    /// Size in sectors of 512 bytes.
+    #[must_use]
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Starts the thread that executes requests, those already submitted first. Once only; a second
+    /// call does nothing.
+    ///
+    /// # Errors
+    /// If the host has no thread to give.
+    pub fn start(&mut self, complete: CompletionSink) -> Result<(), BlockBackError> {
+        let Some(receiver) = self.receiver.take() else { return Ok(()) };
+        let image = Arc::clone(&self.image);
+        let work = move || {
+            for request in receiver {
+                if image.halted.load(Ordering::Acquire) {
+                    continue;
+                }
+                complete(image.execute(request));
+            }
+        };
+        let spawned = std::thread::Builder::new().name("disk".into()).spawn(work);
+        let thread = spawned
+            .map_err(|source| BlockBackError::Thread { path: self.image.path.clone(), source })?;
+        self.thread = Some(thread);
+        Ok(())
+    }
+
+    /// Queues a request. It is executed once the disk is started.
+    pub fn submit(&self, request: BlockRequest) {
+        // The other end outlives this one until `stop`, which consumes it.
+        if self.sender.send(request).is_err() {
+            log::warn!("a request came for disk {} after its end", self.image.path.display());
+        }
+    }
+
+    /// From now on begins no request: those queued are forgotten and never completed. For a
+    /// machine that must not touch its disks any more.
+    pub fn halt(&self) {
+        self.image.halted.store(true, Ordering::Release);
+    }
+
+    /// Executes what is queued (unless halted), then ends the thread and closes the image.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for BlockBack {
+    fn drop(&mut self) {
+        // The thread ends when its channel is closed and empty.
+        let (closed, _) = mpsc::channel();
+        self.sender = closed;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of disk {} panicked", self.image.path.display());
+        }
+    }
+}
+
+impl Image {
+    fn execute(&self, request: BlockRequest) -> BlockCompletion {
+        let id = request.id;
+        match self.perform(&request.op) {
+            Ok(data) => BlockCompletion { id, status: BlockStatus::Ok, data },
+            Err(error) => {
+                let path = self.path.display();
+                log::warn!("disk {path}: {} failed: {error}", describe(&request.op));
+                BlockCompletion { id, status: BlockStatus::IoError, data: Vec::new() }
+            }
+        }
+    }
+
+    fn perform(&self, op: &BlockOp) -> io::Result<Vec<u8>> {
+        match op {
+            BlockOp::Read { sector, len } => {
+                let mut data = vec![0; *len as usize];
+                self.file.read_exact_at(&mut data, byte_offset(*sector)?)?;
+                return Ok(data);
+            }
+            BlockOp::Write { sector, data } => {
+                self.file.write_all_at(data, byte_offset(*sector)?)?;
+            }
+            BlockOp::Flush => self.file.sync_data()?,
+            BlockOp::Discard { sector, sectors } => {
+                // A hint: where the host cannot follow it, nothing is wrong.
+                self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, *sector, *sectors)?;
+            }
+            BlockOp::WriteZeroes { sector, sectors, unmap } => {
+                let how = if *unmap {
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE
+                } else {
+                    FallocateFlags::FALLOC_FL_ZERO_RANGE
+                };
+                if !self.fallocate(how, *sector, *sectors)? {
+                    self.write_zeroes(*sector, *sectors)?;
+                }
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// Whether the host's file system can do it.
+    fn fallocate(&self, how: FallocateFlags, sector: u64, sectors: u64) -> io::Result<bool> {
+        let offset = signed(byte_offset(sector)?)?;
+        let len = signed(byte_offset(sectors)?)?;
+        loop {
+            match fallocate(&self.file, how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
+                Ok(()) => return Ok(true),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn write_zeroes(&self, sector: u64, sectors: u64) -> io::Result<()> {
+        let zeroes = vec![0; ZEROES];
+        let mut offset = byte_offset(sector)?;
+        let mut left = byte_offset(sectors)?;
+        while left > 0 {
+            let len = left.min(ZEROES as u64);
+            self.file.write_all_at(&zeroes[..len as usize], offset)?;
+            offset += len;
+            left -= len;
+        }
+        Ok(())
+    }
+}
+
+/// Size in bytes; `None` if it is no file and no block device.
+fn size(file: &mut File) -> io::Result<Option<u64>> {
+    use std::os::unix::fs::FileTypeExt;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Ok(None);
+    }
+    // A block device's metadata has no size.
+    file.seek(SeekFrom::End(0)).map(Some)
+}
+
+fn byte_offset(sector: u64) -> io::Result<u64> {
+    sector.checked_mul(SECTOR_SIZE).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+fn signed(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn describe(op: &BlockOp) -> String {
+    match op {
+        BlockOp::Read { sector, len } => format!("reading {len} bytes at sector {sector}"),
+        BlockOp::Write { sector, data } => {
+            format!("writing {} bytes at sector {sector}", data.len())
+        }
+        BlockOp::Flush => "flushing".into(),
+        BlockOp::Discard { sector, sectors } => {
+            format!("discarding {sectors} sectors at sector {sector}")
+        }
+        BlockOp::WriteZeroes { sector, sectors, .. } => {
+            format!("zeroing {sectors} sectors at sector {sector}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(back: &mut BlockBack, ops: Vec<BlockOp>) -> Vec<BlockCompletion> {
+        let (sender, receiver) = mpsc::channel();
+        back.start(Box::new(move |completion| sender.send(completion).unwrap())).unwrap();
+        let count = ops.len();
+        for (id, op) in ops.into_iter().enumerate() {
+            back.submit(BlockRequest { id: id as u64, op });
+        }
+        (0..count).map(|_| receiver.recv().unwrap()).collect()
+    }
+
+    fn image(sectors: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(sectors * SECTOR_SIZE).unwrap();
+        file
+    }
+
+    fn write(sector: u64, byte: u8, sectors: usize) -> BlockOp {
+        BlockOp::Write { sector, data: Arc::from(vec![byte; sectors * 512]) }
+    }
+
+    #[test]
+    fn requests_are_executed_in_order_and_answered_by_id() {
+        let file = image(64);
+        let mut back = BlockBack::open(file.path(), false).unwrap();
+        assert_eq!(back.sectors(), 64);
+        let done = run(
+            &mut back,
+            vec![
+                write(3, 0xab, 2),
+                BlockOp::Flush,
+                BlockOp::Read { sector: 2, len: 4 * 512 },
+                BlockOp::WriteZeroes { sector: 3, sectors: 1, unmap: false },
+                BlockOp::Discard { sector: 4, sectors: 1 },
+                write(5, 0xcd, 1),
+                BlockOp::WriteZeroes { sector: 5, sectors: 1, unmap: true },
+                BlockOp::Read { sector: 3, len: 3 * 512 },
+            ],
+        );
+        for (id, completion) in done.iter().enumerate() {
+            assert_eq!((completion.id, completion.status), (id as u64, BlockStatus::Ok));
+        }
+        let expected = [vec![0; 512], vec![0xab; 1024], vec![0; 512]].concat();
+        assert_eq!(done[2].data, expected);
+        assert_eq!(done[7].data[..512], [0; 512]);
+        assert_eq!(done[7].data[1024..], [0; 512]);
+        back.stop();
+        assert_eq!(file.as_file().metadata().unwrap().len(), 64 * 512, "the size never changes");
+    }
+
+    #[test]
+    fn zeroes_can_be_written_out() {
+        let file = image(600);
+        let back = BlockBack::open(file.path(), false).unwrap();
+        back.image.perform(&write(0, 0xff, 600)).unwrap();
+        back.image.write_zeroes(1, 598).unwrap();
+        let content = std::fs::read(file.path()).unwrap();
+        assert!(content[..512].iter().all(|&b| b == 0xff));
+        assert!(content[512..599 * 512].iter().all(|&b| b == 0));
+        assert!(content[599 * 512..].iter().all(|&b| b == 0xff));
+    }
+
+    #[test]
+    fn an_image_of_odd_size_is_refused_with_advice() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1000).unwrap();
+        let error = BlockBack::open(file.path(), false).unwrap_err();
+        assert!(matches!(error, BlockBackError::OddSize { bytes: 1000, .. }), "{error}");
+        assert!(error.to_string().contains("truncate"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = BlockBack::open(&dir.path().join("none"), false).unwrap_err();
+        assert!(matches!(missing, BlockBackError::Open { .. }), "{missing}");
+        let directory = BlockBack::open(dir.path(), true).unwrap_err();
+        assert!(matches!(directory, BlockBackError::Kind { .. }), "{directory}");
+        let device = BlockBack::open(Path::new("/dev/null"), false).unwrap_err();
+        assert!(matches!(device, BlockBackError::Kind { .. }), "{device}");
+    }
+
+    #[test]
+    fn host_errors_reach_the_guest_as_io_errors() {
+        let file = image(8);
+        let mut read_only = BlockBack::open(file.path(), true).unwrap();
+        let done = run(
+            &mut read_only,
+            vec![
+                write(0, 1, 1),
+                BlockOp::Read { sector: 7, len: 1024 },
+                BlockOp::Read { sector: u64::MAX, len: 512 },
+            ],
+        );
+        let failed = |c: &BlockCompletion| c.status == BlockStatus::IoError && c.data.is_empty();
+        assert!(done.iter().all(failed), "{done:?}");
+    }
+
+    #[test]
+    fn stop_finishes_the_queue_and_halt_forgets_it() {
+        let file = image(8);
+        let mut back = BlockBack::open(file.path(), false).unwrap();
+        back.submit(BlockRequest { id: 0, op: write(0, 7, 8) });
+        back.start(Box::new(|_| ())).unwrap();
+        back.stop();
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![7; 8 * 512]);
+
+        let mut back = BlockBack::open(file.path(), false).unwrap();
+        back.submit(BlockRequest { id: 0, op: write(0, 8, 8) });
+        back.halt();
+        back.start(Box::new(|completion| panic!("{completion:?}"))).unwrap();
+        back.stop();
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![7; 8 * 512]);
+    }
+}

@@ -1,0 +1,476 @@
+//! The host half of a console, for the virtio console and the serial port alike.
+//!
+//! One thread does all reading and writing. Output waits in a buffer of bounded size; when nobody reads
+//! it fast enough, the oldest goes. So a terminal that is stopped, or a socket whose client sleeps,
+//! never holds up the guest.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::poll::PollFlags;
+
+use super::terminal::{self, RawMode};
+use crate::poll::{Bell, PollThread, readable};
+
+/// Output that waits to be written, in bytes.
+const OUTPUT_MAX: usize = 1 << 20;
+
+/// Bytes read at a time.
+const INPUT_CHUNK: usize = 4096;
+
+/// Where input goes; called on the console's thread.
+pub type InputSink = Box<dyn Fn(Vec<u8>) + Send>;
+
+/// What a console is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConsoleMode {
+    /// Nothing: output is dropped, there is no input.
+    Null,
+    /// This process's standard input and output; a terminal is put into raw mode.
+    Tty,
+    /// A file that output is appended to.
+    File(PathBuf),
+    /// A new pseudo-terminal; see [`ConsoleBack::pty`].
+    Pty,
+    /// A Unix socket to listen on; one client at a time.
+    Socket(PathBuf),
+}
+
+/// What can go wrong in opening a console.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleBackError {
+    /// The file cannot be opened.
+    #[error("cannot open {} for the console's output", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// No pseudo-terminal.
+    #[error("cannot make a pseudo-terminal for the console")]
+    Pty {
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Standard input or output cannot be used.
+    #[error("cannot use the terminal for the console")]
+    Tty {
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket cannot be listened on.
+    #[error(
+        "cannot listen on {} for the console; if the socket of an earlier run is in the way, remove it",
+        path.display()
+    )]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread for it.
+    #[error("cannot start the console's thread")]
+    Thread {
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open console.
+#[derive(Debug)]
+pub struct ConsoleBack {
+    mode: ConsoleMode,
+    /// Opened early, until started.
+    streams: Streams,
+    pty: Option<PathBuf>,
+    pending: Arc<Mutex<VecDeque<u8>>>,
+    thread: Option<PollThread>,
+    /// Puts the terminal back as it was; after the thread's end, as fields are dropped in order.
+    _raw_mode: Option<RawMode>,
+    /// Removes the socket.
+    _socket: Option<SocketFile>,
+}
+
+/// What the thread reads from and writes to.
+#[derive(Debug, Default)]
+struct Streams {
+    input: Option<File>,
+    output: Option<File>,
+    listener: Option<UnixListener>,
+    /// The other side of a pseudo-terminal, held so that it has no end while no one uses it.
+    _pty_user: Option<File>,
+}
+
+impl ConsoleBack {
+    /// Opens files and makes the pseudo-terminal. The terminal is left alone and no socket is made until
+    /// the start, so that a machine which only stands by takes them from nobody.
+    ///
+    /// # Errors
+    /// If the file cannot be opened or there is no pseudo-terminal.
+    pub fn open(mode: ConsoleMode) -> Result<Self, ConsoleBackError> {
+        let mut streams = Streams::default();
+        let mut pty = None;
+        match &mode {
+            ConsoleMode::Null | ConsoleMode::Tty | ConsoleMode::Socket(_) => {}
+            ConsoleMode::File(path) => streams.output = Some(open_file(path)?),
+            ConsoleMode::Pty => {
+                let made =
+                    terminal::open_pty().map_err(|source| ConsoleBackError::Pty { source })?;
+                pty = Some(made.path);
+                streams.input = Some(made.input);
+                streams.output = Some(made.output);
+                streams._pty_user = Some(made.user);
+            }
+        }
+        Ok(Self {
+            mode,
+            streams,
+            pty,
+            pending: Arc::default(),
+            thread: None,
+            _raw_mode: None,
+            _socket: None,
+        })
+    }
+
+    /// The pseudo-terminal's path, if that is the mode.
+    #[must_use]
+    pub fn pty(&self) -> Option<&Path> {
+        self.pty.as_deref()
+    }
+
+    /// Starts reading and writing. Once only; a second call does nothing.
+    ///
+    /// # Errors
+    /// If terminal or socket cannot be had, or the host has no thread to give.
+    pub fn start(&mut self, sink: InputSink) -> Result<(), ConsoleBackError> {
+        if self.thread.is_some() || self.mode == ConsoleMode::Null {
+            return Ok(());
+        }
+        let mut streams = std::mem::take(&mut self.streams);
+        match &self.mode {
+            ConsoleMode::Tty => {
+                let tty = |source| ConsoleBackError::Tty { source };
+                streams.input = Some(terminal::standard_input().map_err(tty)?);
+                streams.output = Some(terminal::standard_output().map_err(tty)?);
+                self._raw_mode = RawMode::enter().map_err(tty)?;
+            }
+            ConsoleMode::Socket(path) => {
+                streams.listener = Some(listen(path)?);
+                self._socket = Some(SocketFile(path.clone()));
+            }
+            ConsoleMode::Null | ConsoleMode::File(_) | ConsoleMode::Pty => {}
+        }
+        let worker = Worker { streams, pending: Arc::clone(&self.pending), sink };
+        let thread = PollThread::spawn("console", move |bell| worker.run(bell))
+            .map_err(|source| ConsoleBackError::Thread { source })?;
+        thread.ring();
+        self.thread = Some(thread);
+        Ok(())
+    }
+
+    /// Queues output. Before the start it is kept.
+    pub fn output(&self, bytes: &[u8]) {
+        if self.mode == ConsoleMode::Null {
+            return;
+        }
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.extend(bytes);
+        let excess = pending.len().saturating_sub(OUTPUT_MAX);
+        pending.drain(..excess);
+        drop(pending);
+        if let Some(thread) = &self.thread {
+            thread.ring();
+        }
+    }
+
+    /// Writes what can be written at once, ends the thread, and leaves terminal and file system as
+    /// they were.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+fn open_file(path: &Path) -> Result<File, ConsoleBackError> {
+    let opened = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    opened.map_err(|source| ConsoleBackError::File { path: path.into(), source })
+}
+
+fn listen(path: &Path) -> Result<UnixListener, ConsoleBackError> {
+    let listening = UnixListener::bind(path).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    });
+    listening.map_err(|source| ConsoleBackError::Socket { path: path.into(), source })
+}
+
+/// A socket's name in the file system.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Somebody else may have removed it.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// The thread's own.
+struct Worker {
+    streams: Streams,
+    pending: Arc<Mutex<VecDeque<u8>>>,
+    sink: InputSink,
+}
+
+/// What a descriptor in the list to wait for is.
+#[derive(Debug, Clone, Copy)]
+enum Role {
+    Input,
+    Output,
+    Listener,
+}
+
+impl Worker {
+    fn run(mut self, bell: &Bell) {
+        loop {
+            let (roles, wanted) = self.wanted();
+            let ready = match bell.wait(&wanted) {
+                Ok(ready) => ready,
+                Err(error) => {
+                    log::error!("the console ends: {error}");
+                    return;
+                }
+            };
+            drop(wanted);
+            if bell.stopping() {
+                self.write();
+                return;
+            }
+            for (role, ready) in roles.into_iter().zip(ready) {
+                match role {
+                    Role::Input if readable(ready) => self.read(),
+                    Role::Output if !ready.is_empty() => self.write(),
+                    Role::Listener if readable(ready) => self.accept(),
+                    Role::Input | Role::Output | Role::Listener => {}
+                }
+            }
+        }
+    }
+
+    fn wanted(&self) -> (Vec<Role>, Vec<(BorrowedFd<'_>, PollFlags)>) {
+        let Streams { input, output, listener, .. } = &self.streams;
+        let (mut roles, mut fds) = (Vec::new(), Vec::new());
+        let mut want = |role, fd, flags| {
+            roles.push(role);
+            fds.push((fd, flags));
+        };
+        if let Some(input) = input {
+            want(Role::Input, input.as_fd(), PollFlags::POLLIN);
+        }
+        if let Some(listener) = listener {
+            want(Role::Listener, listener.as_fd(), PollFlags::POLLIN);
+        }
+        let idle = self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        if let Some(output) = output
+            && !idle
+        {
+            want(Role::Output, output.as_fd(), PollFlags::POLLOUT);
+        }
+        (roles, fds)
+    }
+
+    fn read(&mut self) {
+        let Some(input) = &mut self.streams.input else { return };
+        let mut bytes = vec![0; INPUT_CHUNK];
+        match input.read(&mut bytes) {
+            Ok(0) => self.hang_up(),
+            Ok(count) => {
+                bytes.truncate(count);
+                (self.sink)(bytes);
+            }
+            Err(error) if passing(&error) => {}
+            Err(error) => {
+                log::warn!("no more console input: {error}");
+                self.hang_up();
+            }
+        }
+    }
+
+    /// Writes pending output as long as it is taken.
+    fn write(&mut self) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(output) = &mut self.streams.output
+            && !pending.is_empty()
+        {
+            match output.write(pending.as_slices().0) {
+                Ok(written) => drop(pending.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    log::warn!("console output is lost from here on: {error}");
+                    self.streams.output = None;
+                    pending.clear();
+                }
+            }
+        }
+    }
+
+    /// The input has ended. A socket waits for its next client.
+    fn hang_up(&mut self) {
+        self.streams.input = None;
+        if self.streams.listener.is_some() {
+            self.streams.output = None;
+        }
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.streams.listener else { return };
+        let client = match listener.accept() {
+            Ok((client, _)) => client,
+            Err(error) if passing(&error) => return,
+            Err(error) => {
+                log::warn!("a client of the console's socket was not accepted: {error}");
+                return;
+            }
+        };
+        if self.streams.input.is_some() {
+            // One at a time: this one is shown the door by closing.
+            return;
+        }
+        match both_ways(client) {
+            Ok((input, output)) => {
+                self.streams.input = Some(input);
+                self.streams.output = Some(output);
+            }
+            Err(error) => log::warn!("a client of the console's socket was lost: {error}"),
+        }
+    }
+}
+
+fn both_ways(client: UnixStream) -> io::Result<(File, File)> {
+    client.set_nonblocking(true)?;
+    let output = client.try_clone()?;
+    Ok((File::from(std::os::fd::OwnedFd::from(client)), std::os::fd::OwnedFd::from(output).into()))
+}
+
+fn passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn start(back: &mut ConsoleBack) -> mpsc::Receiver<Vec<u8>> {
+        let (sender, receiver) = mpsc::channel();
+        // A test that has seen enough no longer listens.
+        back.start(Box::new(move |bytes| drop(sender.send(bytes)))).unwrap();
+        receiver
+    }
+
+    fn collect(receiver: &mpsc::Receiver<Vec<u8>>, len: usize) -> Vec<u8> {
+        let mut all = Vec::new();
+        while all.len() < len {
+            all.extend(receiver.recv().unwrap());
+        }
+        all
+    }
+
+    #[test]
+    fn a_file_gets_all_output_appended_and_a_stop_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.log");
+        std::fs::write(&path, "before\n").unwrap();
+        let mut back = ConsoleBack::open(ConsoleMode::File(path.clone())).unwrap();
+        back.output(b"early\n");
+        let input = start(&mut back);
+        back.output(b"late\n");
+        back.stop();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "before\nearly\nlate\n");
+        assert!(input.recv().is_err(), "a file gives no input");
+    }
+
+    #[test]
+    fn a_pty_carries_both_ways_without_echo() {
+        let mut back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
+        let path = back.pty().unwrap().to_path_buf();
+        let input = start(&mut back);
+        let mut user = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NOCTTY)
+            .open(path)
+            .unwrap();
+        back.output(b"login: ");
+        let mut seen = [0; 7];
+        user.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"login: ");
+        user.write_all(b"root\r\x03").unwrap();
+        assert_eq!(collect(&input, 6), b"root\r\x03");
+        drop(user);
+        back.stop();
+    }
+
+    #[test]
+    fn a_socket_serves_one_client_after_another_and_goes_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let mut back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
+        assert!(!path.exists(), "a console that only stands by takes no name");
+        let input = start(&mut back);
+        for message in [b"one".as_slice(), b"second"] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(message).unwrap();
+            assert_eq!(collect(&input, message.len()), message);
+            back.output(message);
+            let mut echo = vec![0; message.len()];
+            client.read_exact(&mut echo).unwrap();
+            assert_eq!(echo, message);
+            // The next client is turned away until the end of this one has been seen.
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+        back.stop();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn output_nobody_reads_is_bounded_and_the_newest_stays() {
+        let back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
+        for _ in 0..3 {
+            back.output(&vec![b'x'; OUTPUT_MAX]);
+        }
+        back.output(b"end");
+        let mut pending = back.pending.lock().unwrap();
+        assert_eq!(pending.len(), OUTPUT_MAX);
+        assert!(pending.make_contiguous().ends_with(b"xend"));
+    }
+
+    #[test]
+    fn errors_name_what_failed() {
+        let file = ConsoleBack::open(ConsoleMode::File("/nonexistent/log".into())).unwrap_err();
+        assert!(file.to_string().contains("/nonexistent/log"), "{file}");
+        let socket = ConsoleMode::Socket("/nonexistent/socket".into());
+        let error = ConsoleBack::open(socket).unwrap().start(Box::new(drop)).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
+    }
+}
