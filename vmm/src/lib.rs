@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod api;
+pub mod backends;
 pub mod boot;
 pub mod config;
 pub mod device_tree;

@@ -80,7 +80,7 @@ pub fn load(file: &[u8], memory: &GuestMemory) -> Result<Loaded, ElfError> {
     let mut end = 0;
     let mut entry_found = false;
     for segment in &segments {
-        let stop = segment.address.checked_add(segment.memory_size).unwrap_or(u64::MAX);
+        let stop = segment.address.saturating_add(segment.memory_size);
         if segment.address < layout::HIGH_MEMORY {
             return Err(ElfError::TooLow { start: segment.address });
         }

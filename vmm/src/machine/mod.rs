@@ -24,6 +24,7 @@ use virtio_devices::{
 };
 
 use crate::acpi;
+use crate::api::Counters;
 use crate::boot::{self, LoadError};
 use crate::config::{ConsoleMode, VmConfig};
 use crate::legacy::{Power, Rtc, SerialPort};
@@ -329,6 +330,21 @@ impl Machine {
             })
         };
         self.pci.devices().flat_map(requests).collect()
+    }
+
+    /// What the devices have done so far, by device id: part of the state, so it outlives a change of
+    /// host. [`crate::backends::Backends::counters`] adds latencies.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let counted =
+            |placed: &&Placed| matches!(placed.kind, Kind::Disk { .. } | Kind::Net { .. });
+        let values = |placed: &Placed| {
+            let counters = self.pci.device(placed.slot).map(|device| device.counters());
+            let counters = counters.unwrap_or_default();
+            counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+        };
+        let devices = self.placed.iter().filter(counted);
+        devices.map(|placed| (placed.id.clone(), values(placed))).collect()
     }
 
     /// A reset of the whole machine: every device as at power-on, except that the clock keeps its time

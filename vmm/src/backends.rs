@@ -1,0 +1,527 @@
+//! The back halves of a VM: the threads that reach disks, networks, terminals and randomness.
+//!
+//! Opened as a whole from a configuration, started apart from that: a backup opens everything early, so
+//! that going live cannot fail for want of a file, but starts nothing, so that the world sees one
+//! machine only. What happens in the world is handed to one sink as [`ft::Event`]s.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use ft::Event;
+use virtio_devices::block::back::{BlockBack, BlockBackError};
+use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
+use virtio_devices::net::TapError;
+use virtio_devices::net::back::{NetBack, TapOptions};
+use virtio_devices::rng::back::{RngBack, RngBackError};
+use virtio_devices::{BlockOp, BlockRequest};
+
+use crate::api::Counters;
+use crate::config::{ConsoleMode, NetConfig, VmConfig};
+use crate::machine::{self, Kind, MachineEffect};
+use crate::pci::PciError;
+
+/// Where events go. Called on the back halves' threads; must not wait for any of them.
+pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// Why the back halves cannot be opened or started.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// The devices cannot be placed.
+    #[error("cannot place the PCI devices")]
+    Pci(#[from] PciError),
+    /// A disk.
+    #[error("cannot use disk '{id}'")]
+    Disk {
+        /// Its id.
+        id: String,
+        /// Why.
+        #[source]
+        source: BlockBackError,
+    },
+    /// A disk without an image.
+    #[error("disk '{id}' has no image; give it a 'path'")]
+    DiskWithoutPath {
+        /// Its id.
+        id: String,
+    },
+    /// A network device.
+    #[error("cannot use network device '{id}'")]
+    Net {
+        /// Its id.
+        id: String,
+        /// Why.
+        #[source]
+        source: TapError,
+    },
+    /// An address of a kind that is not supported on the host's side.
+    #[error("network device '{id}' has the host address {address}; only IPv4 is supported")]
+    NetAddress {
+        /// Its id.
+        id: String,
+        /// The address.
+        address: IpAddr,
+    },
+    /// The console or serial port.
+    #[error("cannot use the {what}")]
+    Console {
+        /// `console` or `serial port`.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: ConsoleBackError,
+    },
+    /// A console connected to a file or socket that is not named.
+    #[error("the {what} has a mode that needs a path; give it a '{field}'")]
+    ConsoleWithoutPath {
+        /// `console` or `serial port`.
+        what: &'static str,
+        /// `file` or `socket`.
+        field: &'static str,
+    },
+    /// The entropy source.
+    #[error("cannot use the entropy source")]
+    Rng(#[source] RngBackError),
+}
+
+struct Disk {
+    id: String,
+    back: BlockBack,
+    latencies: Arc<Mutex<Latencies>>,
+}
+
+struct Net {
+    id: String,
+    back: NetBack,
+    mac: Option<[u8; 6]>,
+}
+
+/// The back halves of one VM, by device number (see [`crate::machine`]).
+pub struct Backends {
+    sink: EventSink,
+    disks: BTreeMap<u8, Disk>,
+    nets: BTreeMap<u8, Net>,
+    consoles: BTreeMap<u8, ConsoleBack>,
+    rngs: BTreeMap<u8, RngBack>,
+    serial: Option<ConsoleBack>,
+}
+
+impl Backends {
+    /// Opens everything `config` names. Nothing is read, written or taken from the world yet.
+    pub fn open(config: &VmConfig, sink: EventSink) -> Result<Self, BackendError> {
+        let mut backends = Self {
+            sink,
+            disks: BTreeMap::new(),
+            nets: BTreeMap::new(),
+            consoles: BTreeMap::new(),
+            rngs: BTreeMap::new(),
+            serial: None,
+        };
+        for device in machine::place(config)? {
+            let slot = device.slot;
+            match device.kind {
+                Kind::Console => {
+                    let console = &config.console;
+                    let back =
+                        open_console("console", console.mode, &console.file, &console.socket)?;
+                    backends.consoles.extend(back.map(|back| (slot, back)));
+                }
+                Kind::Disk { index } => {
+                    let disk = &config.disks()[index];
+                    let id = device.id;
+                    let Some(path) = &disk.path else {
+                        return Err(BackendError::DiskWithoutPath { id });
+                    };
+                    let back = match BlockBack::open(path, disk.readonly) {
+                        Ok(back) => back,
+                        Err(source) => return Err(BackendError::Disk { id, source }),
+                    };
+                    backends.disks.insert(slot, Disk { id, back, latencies: Arc::default() });
+                }
+                Kind::Net { index } => {
+                    let net = &config.net()[index];
+                    let id = device.id;
+                    let options = tap_options(&id, net)?;
+                    let back = match NetBack::open(&options) {
+                        Ok(back) => back,
+                        Err(source) => return Err(BackendError::Net { id, source }),
+                    };
+                    let mac = net.mac.map(|mac| mac.0);
+                    backends.nets.insert(slot, Net { id, back, mac });
+                }
+                Kind::Rng => {
+                    let back = RngBack::open(&config.rng.src).map_err(BackendError::Rng)?;
+                    backends.rngs.insert(slot, back);
+                }
+            }
+        }
+        let serial = &config.serial;
+        backends.serial = open_console("serial port", serial.mode, &serial.file, &serial.socket)?;
+        Ok(backends)
+    }
+
+    /// Size of each disk in sectors, in the order of the configuration.
+    #[must_use]
+    pub fn disk_sectors(&self, config: &VmConfig) -> Vec<u64> {
+        let by_id: HashMap<&str, u64> =
+            self.disks.values().map(|disk| (disk.id.as_str(), disk.back.sectors())).collect();
+        let placed = machine::place(config).unwrap_or_default();
+        let disks = placed.iter().filter(|device| matches!(device.kind, Kind::Disk { .. }));
+        disks.filter_map(|device| by_id.get(device.id.as_str()).copied()).collect()
+    }
+
+    /// Starts to do and to receive: from now on this process is the one the world sees. What was
+    /// submitted before is done first. A second call does nothing.
+    pub fn start(&mut self) -> Result<(), BackendError> {
+        for (device, disk) in &mut self.disks {
+            let (device, sink) = (*device, Arc::clone(&self.sink));
+            let latencies = Arc::clone(&disk.latencies);
+            let complete = move |completion: virtio_devices::BlockCompletion| {
+                lock(&latencies).finished(completion.id);
+                sink(Event::DiskCompletion {
+                    device,
+                    request: completion.id,
+                    status: completion.status.byte(),
+                    data: completion.data,
+                });
+            };
+            disk.back
+                .start(Box::new(complete))
+                .map_err(|source| BackendError::Disk { id: disk.id.clone(), source })?;
+        }
+        for (device, net) in &mut self.nets {
+            let (device, sink) = (*device, Arc::clone(&self.sink));
+            net.back
+                .start(Box::new(move |frames| sink(Event::Frames { device, frames })))
+                .map_err(|source| BackendError::Net { id: net.id.clone(), source })?;
+        }
+        for (device, rng) in &mut self.rngs {
+            let (device, sink) = (*device, Arc::clone(&self.sink));
+            rng.start(Box::new(move |bytes| sink(Event::Entropy { device, bytes })))
+                .map_err(BackendError::Rng)?;
+        }
+        for (device, console) in &mut self.consoles {
+            let (device, sink) = (*device, Arc::clone(&self.sink));
+            console
+                .start(Box::new(move |bytes| sink(Event::ConsoleInput { device, bytes })))
+                .map_err(|source| BackendError::Console { what: "console", source })?;
+        }
+        if let Some(serial) = &mut self.serial {
+            let sink = Arc::clone(&self.sink);
+            serial
+                .start(Box::new(move |bytes| sink(Event::SerialInput { bytes })))
+                .map_err(|source| BackendError::Console { what: "serial port", source })?;
+        }
+        Ok(())
+    }
+
+    /// Does what the machine asked for. Returns false for what is no back half's business: power-off and
+    /// reset.
+    pub fn perform(&self, effect: MachineEffect) -> bool {
+        match effect {
+            MachineEffect::Block { device, request } => self.submit(device, request),
+            MachineEffect::Frames { device, frames } => self.send(device, &frames),
+            MachineEffect::Console { device, bytes } => self.console(device, &bytes),
+            MachineEffect::Serial { bytes } => self.serial(&bytes),
+            MachineEffect::EntropyWanted { device, len } => self.entropy(device, len),
+            MachineEffect::PowerOff | MachineEffect::Reset => return false,
+        }
+        true
+    }
+
+    /// Queues a disk request.
+    pub fn submit(&self, device: u8, request: BlockRequest) {
+        if let Some(disk) = self.disks.get(&device) {
+            lock(&disk.latencies).begun(&request);
+            disk.back.submit(request);
+        }
+    }
+
+    /// Sends frames.
+    pub fn send(&self, device: u8, frames: &[Vec<u8>]) {
+        if let Some(net) = self.nets.get(&device) {
+            net.back.send(frames);
+        }
+    }
+
+    /// Writes to a console.
+    pub fn console(&self, device: u8, bytes: &[u8]) {
+        if let Some(console) = self.consoles.get(&device) {
+            console.output(bytes);
+        }
+    }
+
+    /// Writes to the serial port.
+    pub fn serial(&self, bytes: &[u8]) {
+        if let Some(serial) = &self.serial {
+            serial.output(bytes);
+        }
+    }
+
+    /// Asks for random bytes.
+    pub fn entropy(&self, device: u8, len: u32) {
+        if let Some(rng) = self.rngs.get(&device) {
+            rng.request(len);
+        }
+    }
+
+    /// Tells every network that the guest is reached through this host now.
+    pub fn announce(&self) {
+        for net in self.nets.values() {
+            if let Some(mac) = net.mac {
+                net.back.announce(mac);
+            }
+        }
+    }
+
+    /// From now on begins no disk request: for a machine that lost its claim.
+    pub fn halt_disks(&self) {
+        for disk in self.disks.values() {
+            disk.back.halt();
+        }
+    }
+
+    /// The pseudo-terminal of the console, if it has one.
+    #[must_use]
+    pub fn console_pty(&self) -> Option<&Path> {
+        self.consoles.values().find_map(ConsoleBack::pty)
+    }
+
+    /// The pseudo-terminal of the serial port, if it has one.
+    #[must_use]
+    pub fn serial_pty(&self) -> Option<&Path> {
+        self.serial.as_ref().and_then(ConsoleBack::pty)
+    }
+
+    /// Disk latencies by device id. [`crate::machine::Machine::counters`] has the other counters, which
+    /// outlive a change of host.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let latencies = |disk: &Disk| (disk.id.clone(), lock(&disk.latencies).counters());
+        self.disks.values().map(latencies).collect()
+    }
+
+    /// Ends all threads: what is queued for the disks is done, what can be written at once to the
+    /// consoles is written, the rest is dropped.
+    pub fn close(self) {
+        drop(self);
+    }
+}
+
+fn tap_options(id: &str, net: &NetConfig) -> Result<TapOptions, BackendError> {
+    let ipv4 = |address: Option<IpAddr>| -> Result<Option<Ipv4Addr>, BackendError> {
+        match address {
+            None => Ok(None),
+            Some(IpAddr::V4(address)) => Ok(Some(address)),
+            Some(address) => Err(BackendError::NetAddress { id: id.to_owned(), address }),
+        }
+    };
+    let (ip, mask) = (ipv4(net.ip)?, ipv4(net.mask)?);
+    Ok(TapOptions { name: net.tap.clone(), ip, mask, mtu: net.mtu })
+}
+
+fn open_console(
+    what: &'static str,
+    mode: ConsoleMode,
+    file: &Option<PathBuf>,
+    socket: &Option<PathBuf>,
+) -> Result<Option<ConsoleBack>, BackendError> {
+    let path = |path: &Option<PathBuf>, field| {
+        path.clone().ok_or(BackendError::ConsoleWithoutPath { what, field })
+    };
+    let connection = match mode {
+        ConsoleMode::Off => return Ok(None),
+        ConsoleMode::Null => Connection::Null,
+        ConsoleMode::Tty => Connection::Tty,
+        ConsoleMode::Pty => Connection::Pty,
+        ConsoleMode::File => Connection::File(path(file, "file")?),
+        ConsoleMode::Socket => Connection::Socket(path(socket, "socket")?),
+    };
+    let opened = ConsoleBack::open(connection);
+    opened.map(Some).map_err(|source| BackendError::Console { what, source })
+}
+
+fn lock(latencies: &Mutex<Latencies>) -> std::sync::MutexGuard<'_, Latencies> {
+    latencies.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long disk requests take, from submission to completion.
+#[derive(Debug, Default)]
+struct Latencies {
+    under_way: HashMap<u64, (Direction, Instant)>,
+    read: Latency,
+    write: Latency,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Direction {
+    Read,
+    Write,
+}
+
+#[derive(Debug, Default)]
+struct Latency {
+    count: u64,
+    sum_us: u64,
+    min_us: Option<u64>,
+    max_us: Option<u64>,
+}
+
+impl Latencies {
+    fn begun(&mut self, request: &BlockRequest) {
+        let direction = match request.op {
+            BlockOp::Read { .. } => Direction::Read,
+            BlockOp::Write { .. } => Direction::Write,
+            BlockOp::Flush | BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => return,
+        };
+        self.under_way.insert(request.id, (direction, Instant::now()));
+    }
+
+    fn finished(&mut self, id: u64) {
+        let Some((direction, begun)) = self.under_way.remove(&id) else { return };
+        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let latency = match direction {
+            Direction::Read => &mut self.read,
+            Direction::Write => &mut self.write,
+        };
+        latency.count += 1;
+        latency.sum_us = latency.sum_us.saturating_add(us);
+        latency.min_us = Some(latency.min_us.map_or(us, |min| min.min(us)));
+        latency.max_us = Some(latency.max_us.map_or(us, |max| max.max(us)));
+    }
+
+    fn counters(&self) -> BTreeMap<String, u64> {
+        let mut counters = BTreeMap::new();
+        for (name, latency) in [("read", &self.read), ("write", &self.write)] {
+            // Before the first request Cloud Hypervisor shows these, and clients know them.
+            let average = latency.sum_us.checked_div(latency.count).unwrap_or(u64::MAX / 10_000);
+            let values = [
+                ("min", latency.min_us.unwrap_or(u64::MAX)),
+                ("max", latency.max_us.unwrap_or(u64::MAX)),
+                ("avg", average),
+            ];
+            counters
+                .extend(values.map(|(which, value)| (format!("{name}_latency_{which}"), value)));
+        }
+        counters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::config::{ConsoleConfig, DiskConfig, SerialConfig};
+
+    struct Host {
+        backends: Backends,
+        events: mpsc::Receiver<Event>,
+    }
+
+    fn open(config: &VmConfig) -> Result<Host, BackendError> {
+        let (sender, events) = mpsc::channel();
+        let sender = Mutex::new(sender);
+        let sink = move |event| drop(sender.lock().unwrap().send(event));
+        Ok(Host { backends: Backends::open(config, Arc::new(sink))?, events })
+    }
+
+    fn config() -> VmConfig {
+        VmConfig {
+            console: ConsoleConfig { mode: ConsoleMode::Null, ..ConsoleConfig::default() },
+            ..VmConfig::default()
+        }
+    }
+
+    fn with_disk(path: &Path) -> VmConfig {
+        let disk = DiskConfig { path: Some(path.to_owned()), ..DiskConfig::default() };
+        VmConfig { disks: Some(vec![disk]), ..config() }
+    }
+
+    #[test]
+    fn a_disk_answers_once_started_and_is_timed() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(8192).unwrap();
+        let config = with_disk(image.path());
+        let mut host = open(&config).unwrap();
+        assert_eq!(host.backends.disk_sectors(&config), [16]);
+        let none = &host.backends.counters()["_disk0"];
+        assert_eq!(
+            (none["read_latency_min"], none["read_latency_avg"]),
+            (u64::MAX, u64::MAX / 10_000)
+        );
+        let request = BlockRequest { id: 7, op: BlockOp::Read { sector: 1, len: 512 } };
+        // Slot 2: the console has slot 1.
+        host.backends.submit(2, request);
+        host.backends.start().unwrap();
+        let event = host.events.recv().unwrap();
+        let expected =
+            Event::DiskCompletion { device: 2, request: 7, status: 0, data: vec![0; 512] };
+        assert_eq!(event, expected);
+        assert_ne!(host.backends.counters()["_disk0"]["read_latency_max"], u64::MAX);
+        assert_eq!(host.backends.counters()["_disk0"]["write_latency_max"], u64::MAX);
+    }
+
+    #[test]
+    fn entropy_comes_in_the_length_asked_for() {
+        let mut host = open(&config()).unwrap();
+        host.backends.start().unwrap();
+        assert!(host.backends.perform(MachineEffect::EntropyWanted { device: 2, len: 33 }));
+        let Event::Entropy { device: 2, bytes } = host.events.recv().unwrap() else {
+            panic!("another event");
+        };
+        assert_eq!(bytes.len(), 33);
+        assert!(!host.backends.perform(MachineEffect::Reset));
+    }
+
+    #[test]
+    fn a_pseudo_terminal_carries_the_serial_port_both_ways() {
+        let serial = SerialConfig { mode: ConsoleMode::Pty, ..SerialConfig::default() };
+        let mut host = open(&VmConfig { serial, ..config() }).unwrap();
+        let path = host.backends.serial_pty().unwrap().to_owned();
+        assert!(host.backends.console_pty().is_none());
+        host.backends.start().unwrap();
+        let mut terminal = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        host.backends.serial(b"login:");
+        let mut output = [0; 6];
+        terminal.read_exact(&mut output).unwrap();
+        assert_eq!(&output, b"login:");
+        terminal.write_all(b"x").unwrap();
+        assert_eq!(host.events.recv().unwrap(), Event::SerialInput { bytes: b"x".to_vec() });
+    }
+
+    #[test]
+    fn output_reaches_its_file_before_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("console");
+        let console = ConsoleConfig {
+            mode: ConsoleMode::File,
+            file: Some(file.clone()),
+            ..ConsoleConfig::default()
+        };
+        let mut host = open(&VmConfig { console, ..config() }).unwrap();
+        host.backends.start().unwrap();
+        host.backends.console(1, b"some output");
+        host.backends.close();
+        assert_eq!(std::fs::read(file).unwrap(), b"some output");
+    }
+
+    #[test]
+    fn what_cannot_be_opened_is_named() {
+        let missing = open(&with_disk(Path::new("/nonexistent/disk.raw"))).err().unwrap();
+        assert!(matches!(&missing, BackendError::Disk { id, .. } if id == "_disk0"));
+        let mut unnamed = config();
+        unnamed.console.mode = ConsoleMode::File;
+        let error = open(&unnamed).err().unwrap();
+        assert!(matches!(
+            error,
+            BackendError::ConsoleWithoutPath { what: "console", field: "file" }
+        ));
+        let mut no_path = with_disk(Path::new("x"));
+        no_path.disks.as_mut().unwrap()[0].path = None;
+        assert!(matches!(open(&no_path).err().unwrap(), BackendError::DiskWithoutPath { .. }));
+    }
+}
