@@ -10,7 +10,16 @@ use crate::memory::{CODE, PAGE_SIZE};
 
 const PAGE_MASK: u64 = !(PAGE_SIZE as u64 - 1);
 
+/// Where an access of one or two pages ends up.
+struct Places {
+    /// Bytes on the first page.
+    first: usize,
+    low: Place,
+    high: Option<Place>,
+}
+
 /// Where an access ends up.
+#[derive(Clone, Copy)]
 enum Place {
     /// Host address.
     Ram(usize),
@@ -129,6 +138,82 @@ impl Cpu {
         } else {
             self.store_slow(context, linear, value)
         }
+    }
+
+    /// Replaces a value in memory by `f` of it. Raises what a store would raise, before `f` is called.
+    #[inline(always)]
+    pub fn modify<T: Word>(
+        &mut self,
+        linear: u64,
+        f: impl FnOnce(&mut Cpu, T) -> T,
+    ) -> Result<(), Trap> {
+        let entry = self.tlb.write_entry(tlb::slot(self.data_context, linear));
+        if entry.tag == linear.wrapping_add(T::BYTES as u64 - 1) & PAGE_MASK {
+            let host = linear.wrapping_add(entry.target) as usize;
+            let host = std::ptr::with_exposed_provenance_mut::<T>(host);
+            // SAFETY: as in `load_in`.
+            let old = unsafe { host.read_unaligned() };
+            let new = f(self, old);
+            // SAFETY: as in `load_in`; `f` cannot unmap guest memory.
+            unsafe { host.write_unaligned(new) };
+            Ok(())
+        } else {
+            let places = self.modify_slow(linear, T::BYTES)?;
+            let mut bytes = [0; 16];
+            self.read_places(&places, &mut bytes[..T::BYTES]);
+            let new = f(self, T::from_bytes(bytes)).to_bytes();
+            self.write_places(&places, &new[..T::BYTES]);
+            Ok(())
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_slow(&mut self, linear: u64, len: usize) -> Result<Places, Trap> {
+        let first = len.min(PAGE_SIZE - (linear as usize & (PAGE_SIZE - 1)));
+        let low = self.writable(self.data_context, linear)?;
+        let high = if first < len {
+            Some(self.writable(self.data_context, linear.wrapping_add(first as u64))?)
+        } else {
+            None
+        };
+        Ok(Places { first, low, high })
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_places(&mut self, places: &Places, bytes: &mut [u8]) {
+        let (low, high) = bytes.split_at_mut(places.first);
+        self.read_place(places.low, low);
+        if let Some(place) = places.high {
+            self.read_place(place, high);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_places(&mut self, places: &Places, bytes: &[u8]) {
+        let (low, high) = bytes.split_at(places.first);
+        self.write_place(places.low, low);
+        if let Some(place) = places.high {
+            self.write_place(place, high);
+        }
+    }
+
+    /// The host address of `linear` if a load there reads RAM; for string instructions, which go on to the page's end.
+    pub(super) fn readable_ram(&mut self, linear: u64) -> Result<Option<usize>, Trap> {
+        Ok(match self.readable(self.data_context, linear)? {
+            Place::Ram(host) => Some(host),
+            Place::Device(_) => None,
+        })
+    }
+
+    /// The same for a store.
+    pub(super) fn writable_ram(&mut self, linear: u64) -> Result<Option<usize>, Trap> {
+        Ok(match self.writable(self.data_context, linear)? {
+            Place::Ram(host) => Some(host),
+            Place::Device(_) => None,
+        })
     }
 
     #[cold]

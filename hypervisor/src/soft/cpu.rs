@@ -13,6 +13,7 @@ use super::msr::Msrs;
 use super::op::{REG_STEP, REG_STEP_VALUE};
 use super::ram::Ram;
 use super::tlb::Tlb;
+use crate::LongModeEntry;
 use crate::bus::{AccessContext, Bus};
 use crate::clock::Anchor;
 
@@ -189,6 +190,8 @@ pub struct Cpu {
     pub halted: bool,
     /// A triple fault happened: `run` returns `Exit::Shutdown`.
     pub shutdown: bool,
+    /// A single-step trap is due before the next instruction.
+    pub pending_debug: bool,
     /// A device asked to stop.
     pub(super) stop_requested: bool,
     /// Why the last handler returned `Err`.
@@ -270,6 +273,7 @@ impl Cpu {
             interrupt_shadow: false,
             halted: false,
             shutdown: false,
+            pending_debug: false,
             stop_requested: false,
             trap: TrapKind::SingleStep,
             ldtr: Segment::default(),
@@ -298,6 +302,52 @@ impl Cpu {
         });
         cpu.gpr[usize::from(REG_STEP)] = REG_STEP_VALUE;
         cpu
+    }
+
+    /// Becomes a processor fresh from reset (Intel SDM vol. 3, 11.1.1), except that it stands in 64-bit mode at `entry`.
+    /// `retired` and the anchor go on.
+    pub(super) fn reset(&mut self, id: u8, entry: &LongModeEntry) {
+        self.gpr[..16].fill(0);
+        self.gpr[RSP] = entry.rsp;
+        self.gpr[RSI] = entry.rsi;
+        self.rip = entry.rip;
+        self.flags.write(0);
+        let data = Segment {
+            base: 0,
+            limit: u32::MAX,
+            selector: entry.data_selector,
+            // Data, writable, accessed; 4 KiB granularity.
+            attributes: 0xc093,
+        };
+        self.segments = [data; 6];
+        for unused in [FS, GS] {
+            self.segments[unused] = Segment { selector: 0, ..data };
+        }
+        // Code, readable, accessed, 64-bit.
+        self.segments[CS] = Segment { selector: entry.code_selector, attributes: 0xa09b, ..data };
+        self.cpl = 0;
+        self.ldtr = Segment { base: 0, limit: 0xffff, selector: 0, attributes: 0x82 };
+        self.tr = Segment { base: 0, limit: 0xffff, selector: 0, attributes: 0x8b };
+        self.gdtr = TableRegister { base: entry.gdt_base, limit: entry.gdt_limit };
+        self.idtr = TableRegister { base: 0, limit: 0xffff };
+        self.cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_WP | CR0_PG;
+        self.cr2 = 0;
+        self.cr3 = entry.cr3;
+        self.cr4 = CR4_PAE;
+        self.efer = EFER_LME | EFER_LMA | EFER_NXE;
+        self.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
+        self.xmm = [0; 16];
+        self.mxcsr = 0x1f80;
+        self.fpu = Fpu::default();
+        self.msrs = Msrs::default();
+        self.irqchip = IrqChip::new(id);
+        self.interrupt_shadow = false;
+        self.halted = false;
+        self.shutdown = false;
+        self.pending_debug = false;
+        self.stop_requested = false;
+        self.recompute_mode();
+        self.flush_tlb(false);
     }
 
     /// The time stamp counter. Exact in handlers that end a block.

@@ -86,6 +86,18 @@ impl Ram {
         Some(unsafe { std::ptr::with_exposed_provenance::<u64>(host).read() })
     }
 
+    /// Reads bytes that all lie in one page. What is not RAM leaves `bytes` as it was.
+    pub(super) fn read_bytes(&self, physical: u64, bytes: &mut [u8]) {
+        let Some(page) = self.host_page(physical) else {
+            return;
+        };
+        let offset = physical as usize & (PAGE_SIZE - 1);
+        let len = bytes.len().min(PAGE_SIZE - offset);
+        let from = std::ptr::with_exposed_provenance::<u8>(page + offset);
+        // SAFETY: as in `read_u64`; `len` stays inside the page.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), len) };
+    }
+
     /// Writes an aligned 64-bit word, as a device would: the page becomes dirty, its blocks stale.
     pub(super) fn write_u64(&self, physical: u64, value: u64) {
         use vm_memory::bitmap::Bitmap;

@@ -1,5 +1,14 @@
 //! What instructions do, by group.
 
+mod alu;
+mod bits;
+mod control;
 pub mod fp;
 pub mod integer;
+mod io;
+mod mov;
+mod muldiv;
+mod shift;
+mod stack;
+mod string;
 pub mod system;

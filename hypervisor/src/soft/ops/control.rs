@@ -1,0 +1,203 @@
+//! Near branches: Jcc, JMP, CALL, RET, LOOP, JRCXZ.
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::integer::conditional;
+use crate::soft::cpu::{Cpu, RCX, RSP, Trap};
+use crate::soft::flags::Flags;
+use crate::soft::op::{Handler, Op, REG_BLOCK, Selected};
+use crate::soft::paging::is_canonical;
+
+pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
+    use Mnemonic as M;
+    let handler: Handler = match instruction.mnemonic() {
+        M::Jo
+        | M::Jno
+        | M::Jb
+        | M::Jae
+        | M::Je
+        | M::Jne
+        | M::Jbe
+        | M::Ja
+        | M::Js
+        | M::Jns
+        | M::Jp
+        | M::Jnp
+        | M::Jl
+        | M::Jge
+        | M::Jle
+        | M::Jg => {
+            conditional!(instruction.condition_code() as u8 - 1, jcc)
+        }
+        M::Jmp => match instruction.op0_kind() {
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => jmp,
+            OpKind::Register => jmp_r,
+            OpKind::Memory if instruction.code() == Code::Jmp_rm64 => jmp_m,
+            _ => return None,
+        },
+        M::Call => match instruction.op0_kind() {
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => call,
+            OpKind::Register => call_r,
+            OpKind::Memory if instruction.code() == Code::Call_rm64 => call_m,
+            _ => return None,
+        },
+        M::Ret => match instruction.code() {
+            Code::Retnq => ret,
+            Code::Retnq_imm16 => ret_imm,
+            _ => return None,
+        },
+        M::Loop => counted(instruction, loop_::<u64>, loop_::<u32>),
+        M::Loope => counted(instruction, loope::<u64>, loope::<u32>),
+        M::Loopne => counted(instruction, loopne::<u64>, loopne::<u32>),
+        M::Jrcxz => jrcxz,
+        M::Jecxz => jecxz,
+        _ => return None,
+    };
+    Selected::last(handler)
+}
+
+/// Evaluates a condition code, numbered as in opcodes.
+#[inline(always)]
+pub(super) fn condition<const C: u8>(flags: &Flags) -> bool {
+    let base = match C >> 1 {
+        0 => flags.of(),
+        1 => flags.cf(),
+        2 => flags.zf(),
+        3 => flags.cf() | flags.zf(),
+        4 => flags.sf(),
+        5 => flags.pf(),
+        6 => flags.less(),
+        _ => flags.less() | flags.zf(),
+    };
+    base != (C & 1 != 0)
+}
+
+#[inline(always)]
+fn branch(cpu: &mut Cpu, op: &Op) {
+    cpu.rip = cpu.gpr[usize::from(REG_BLOCK)].wrapping_add(op.imm);
+}
+
+/// Goes to an address that came from a register or memory. The fault of an address that is not canonical is this
+/// instruction's.
+#[inline(always)]
+fn branch_to(cpu: &mut Cpu, target: u64) -> Result<(), Trap> {
+    if !is_canonical(target) {
+        return Err(cpu.gp(0));
+    }
+    cpu.rip = target;
+    Ok(())
+}
+
+fn jcc<const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if condition::<C>(&cpu.flags) {
+        branch(cpu, op);
+    }
+    Ok(())
+}
+
+fn jmp(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    branch(cpu, op);
+    Ok(())
+}
+
+fn jmp_r(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.gpr[usize::from(op.dst & 31)];
+    branch_to(cpu, target)
+}
+
+fn jmp_m(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.load::<u64>(cpu.ea(op))?;
+    branch_to(cpu, target)
+}
+
+fn call(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.push(cpu.rip)?;
+    branch(cpu, op);
+    Ok(())
+}
+
+fn call_to(cpu: &mut Cpu, target: u64) -> Result<(), Trap> {
+    if !is_canonical(target) {
+        return Err(cpu.gp(0));
+    }
+    cpu.push(cpu.rip)?;
+    cpu.rip = target;
+    Ok(())
+}
+
+fn call_r(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.gpr[usize::from(op.dst & 31)];
+    call_to(cpu, target)
+}
+
+fn call_m(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.load::<u64>(cpu.ea(op))?;
+    call_to(cpu, target)
+}
+
+fn ret(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    let rsp = cpu.gpr[RSP];
+    let target = cpu.load::<u64>(rsp)?;
+    branch_to(cpu, target)?;
+    cpu.gpr[RSP] = rsp.wrapping_add(8);
+    Ok(())
+}
+
+fn ret_imm(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let rsp = cpu.gpr[RSP];
+    let target = cpu.load::<u64>(rsp)?;
+    branch_to(cpu, target)?;
+    cpu.gpr[RSP] = rsp.wrapping_add(8).wrapping_add(op.imm & 0xffff);
+    Ok(())
+}
+
+/// The instance for the size of the counter.
+fn counted(instruction: &Instruction, rcx: Handler, ecx: Handler) -> Handler {
+    match instruction.code() {
+        Code::Loop_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_ECX => ecx,
+        _ => rcx,
+    }
+}
+
+/// Counts RCX (or ECX) down; whether it is not zero then.
+#[inline(always)]
+fn count_down<T: crate::soft::op::Int>(cpu: &mut Cpu) -> bool {
+    let left = T::zero_extend(T::get(cpu, RCX as u8).wrapping_sub(1));
+    T::set(cpu, RCX as u8, left);
+    left != 0
+}
+
+fn loop_<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if count_down::<T>(cpu) {
+        branch(cpu, op);
+    }
+    Ok(())
+}
+
+fn loope<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if count_down::<T>(cpu) && cpu.flags.zf() {
+        branch(cpu, op);
+    }
+    Ok(())
+}
+
+fn loopne<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if count_down::<T>(cpu) && !cpu.flags.zf() {
+        branch(cpu, op);
+    }
+    Ok(())
+}
+
+fn jrcxz(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if cpu.gpr[RCX] == 0 {
+        branch(cpu, op);
+    }
+    Ok(())
+}
+
+fn jecxz(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    if cpu.gpr[RCX] as u32 == 0 {
+        branch(cpu, op);
+    }
+    Ok(())
+}
