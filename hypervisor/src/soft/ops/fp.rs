@@ -1,6 +1,8 @@
 //! Floating point and vector instructions: x87, MMX, SSE to SSE4.2, FXSAVE.
 
 mod fxsave;
+mod mmx;
+mod sse_float;
 mod sse_integer;
 mod sse_move;
 mod vector;
@@ -14,6 +16,8 @@ use crate::soft::op::Selected;
 pub fn handler(instruction: &Instruction) -> Option<Selected> {
     sse_move::handler(instruction)
         .or_else(|| sse_integer::handler(instruction))
+        .or_else(|| sse_float::handler(instruction))
+        .or_else(|| mmx::handler(instruction))
         .or_else(|| fxsave::handler(instruction))
         .or_else(|| x87_control::handler(instruction))
 }
