@@ -1,0 +1,12 @@
+//! Real guests on real `dyad` processes, one network namespace per host, and what is done to them.
+//!
+//! [`network`] makes two hosts and a switch; [`vmm`] is one `dyad` process in one of them; [`pair`] boots,
+//! protects, kills and protects again; [`disk`] reads the image behind the guest's back. The programs in
+//! `src/bin` and the tests in `tests/` are stories told with these.
+
+pub mod console;
+pub mod disk;
+pub mod guest;
+pub mod namespace;
+pub mod network;
+pub mod requirements;

@@ -1,0 +1,161 @@
+//! Two hosts and a switch between them, out of network namespaces.
+//!
+//! ```text
+//!                client 10.77.0.1
+//!                      |
+//!             [ switch: bridge br0 ]
+//!               |                |
+//!             veth             veth
+//!               |                |
+//!      [ host a: bridge ]  [ host b: bridge ]
+//!        |           |       |           |
+//!       tap0         |       |         tap0      guest 10.77.0.10, on whichever side is live
+//!                   ft0 === ft0                  logging channel 10.78.0.1 and 10.78.0.2
+//! ```
+
+use crate::namespace::Namespace;
+use anyhow::Result;
+
+/// Address of the client in the guests' network.
+pub const CLIENT: &str = "10.77.0.1";
+/// Address of the guest.
+pub const GUEST: &str = "10.77.0.10";
+/// Prefix length of the guests' network.
+pub const PREFIX: u8 = 24;
+/// Name of the TAP device in either host.
+pub const TAP: &str = "tap0";
+
+/// One of the two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The host the guest is booted on.
+    A,
+    /// The other one.
+    B,
+}
+
+impl Side {
+    /// The other host.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    /// `a` or `b`.
+    #[must_use]
+    pub fn letter(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+        }
+    }
+
+    /// This host's address on the link between the hosts.
+    #[must_use]
+    pub fn address(self) -> &'static str {
+        match self {
+            Self::A => "10.78.0.1",
+            Self::B => "10.78.0.2",
+        }
+    }
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "host {}", self.letter())
+    }
+}
+
+/// The namespaces and the cables between them.
+pub struct Network {
+    /// Where clients run: the switch and the address [`CLIENT`].
+    pub switch: Namespace,
+    a: Namespace,
+    b: Namespace,
+}
+
+impl Network {
+    /// Makes the three namespaces and connects them.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel or `ip` refuses.
+    pub fn new() -> Result<Self> {
+        let network = Self {
+            switch: Namespace::new("switch")?,
+            a: Namespace::new("host-a")?,
+            b: Namespace::new("host-b")?,
+        };
+        let switch = &network.switch;
+        switch.ip("link add br0 type bridge stp_state 0 forward_delay 0")?;
+        switch.ip(&format!("addr add {CLIENT}/{PREFIX} dev br0"))?;
+        switch.ip("link set br0 up")?;
+        for side in [Side::A, Side::B] {
+            let host = network.host(side);
+            let inside = host.path().display();
+            let port = format!("host-{}", side.letter());
+            switch.ip(&format!("link add {port} type veth peer name uplink netns {inside}"))?;
+            switch.ip(&format!("link set {port} master br0 up"))?;
+            host.ip("link add br0 type bridge stp_state 0 forward_delay 0")?;
+            host.ip(&format!("tuntap add dev {TAP} mode tap vnet_hdr"))?;
+            host.ip(&format!("link set {TAP} master br0 up"))?;
+            host.ip("link set uplink master br0 up")?;
+            host.ip("link set br0 up")?;
+        }
+        let (a, b) = (&network.a, &network.b);
+        a.ip(&format!("link add ft0 type veth peer name ft0 netns {}", b.path().display()))?;
+        for side in [Side::A, Side::B] {
+            let host = network.host(side);
+            host.ip(&format!("addr add {}/24 dev ft0", side.address()))?;
+            host.ip("link set ft0 up")?;
+        }
+        Ok(network)
+    }
+
+    /// The namespace of one host.
+    #[must_use]
+    pub fn host(&self, side: Side) -> &Namespace {
+        match side {
+            Side::A => &self.a,
+            Side::B => &self.b,
+        }
+    }
+
+    /// Pulls or plugs both cables of a host: nothing a dying host says gets out.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses.
+    pub fn set_links(&self, side: Side, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        self.host(side).ip(&format!("link set uplink {state}"))?;
+        self.host(side).ip(&format!("link set ft0 {state}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn the_hosts_hear_each_other_and_a_pulled_cable_is_silent() -> Result<()> {
+        if !crate::requirements::met("network", &[crate::requirements::Need::Root]) {
+            return Ok(());
+        }
+        let network = Network::new()?;
+        let listener = network.host(Side::B).run(|| TcpListener::bind("0.0.0.0:7700"))??;
+        let address = std::net::SocketAddr::new(Side::B.address().parse()?, 7700);
+        let patience = std::time::Duration::from_millis(500);
+        network.host(Side::A).run(move || TcpStream::connect_timeout(&address, patience))??;
+        listener.accept()?;
+        network.set_links(Side::B, false)?;
+        let refused =
+            network.host(Side::A).run(move || TcpStream::connect_timeout(&address, patience))?;
+        assert!(refused.is_err());
+        Ok(())
+    }
+}
