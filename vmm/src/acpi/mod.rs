@@ -2,7 +2,7 @@
 //!
 //! The fixed (not hardware-reduced) model of ACPI: power button, PM timer and S5 through the PM1
 //! registers, which Linux drives without any code in the DSDT. There are no GPEs and no legacy
-//! interrupt controllers. The tables depend on nothing but constants.
+//! interrupt controllers. The tables depend on constants and on whether there is a serial port.
 
 use acpi_tables::aml::{
     self, AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed,
@@ -21,16 +21,16 @@ const OEM: [u8; 6] = *b"DYAD  ";
 const OEM_TABLE: [u8; 8] = *b"DYADVM  ";
 const OEM_REVISION: u32 = 1;
 
-/// Writes all tables to [`layout::ACPI`], the RSDP first.
-pub fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
-    memory.write_slice(&tables(), GuestAddress(layout::ACPI.start))
+/// Writes all tables to [`layout::ACPI`], the RSDP first. `serial`: whether COM1 exists.
+pub fn write(memory: &GuestMemory, serial: bool) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&tables(serial), GuestAddress(layout::ACPI.start))
 }
 
 /// The tables as they stand in memory from [`layout::ACPI`] on.
-fn tables() -> Vec<u8> {
+fn tables(serial: bool) -> Vec<u8> {
     let mut image = Image { bytes: vec![0; Rsdp::len().next_multiple_of(ALIGNMENT)] };
     let facs = image.add(&FACS::new());
-    let dsdt = image.add(&dsdt());
+    let dsdt = image.add(&dsdt(serial));
     let fadt = image.add(&fadt(facs, dsdt).finalize());
     let madt = image.add(&madt());
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -127,9 +127,12 @@ fn madt() -> Sdt {
 }
 
 /// DSDT: PCI root, serial port, RTC, reserved memory, processor and `\_S5`.
-fn dsdt() -> Sdt {
+fn dsdt(serial: bool) -> Sdt {
     let mut code = Vec::new();
     pci_root(&mut code);
+    if serial {
+        serial_port(&mut code);
+    }
     platform(&mut code);
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&code);
@@ -185,7 +188,7 @@ fn pci_root(code: &mut Vec<u8>) {
     .to_aml_bytes(code);
 }
 
-fn platform(code: &mut Vec<u8>) {
+fn serial_port(code: &mut Vec<u8>) {
     Device::new(
         "\\_SB_.COM1".into(),
         vec![
@@ -202,6 +205,9 @@ fn platform(code: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(code);
+}
+
+fn platform(code: &mut Vec<u8>) {
     // No interrupt: the clock can be read and set, but has no alarm.
     Device::new(
         "\\_SB_.RTC0".into(),
@@ -249,7 +255,7 @@ mod tests {
 
     #[test]
     fn from_the_rsdp_every_table_is_reached_with_a_right_checksum() {
-        let image = tables();
+        let image = tables(true);
         assert!(image.len() as u64 <= layout::ACPI.end - layout::ACPI.start);
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
@@ -271,8 +277,15 @@ mod tests {
     }
 
     #[test]
+    fn the_serial_port_is_named_only_where_there_is_one() {
+        let named = |image: &[u8]| image.windows(5).any(|bytes| bytes == b"COM1\x08");
+        assert!(named(&tables(true)));
+        assert!(!named(&tables(false)));
+    }
+
+    #[test]
     fn the_fixed_registers_are_where_the_devices_answer() {
-        let image = tables();
+        let image = tables(true);
         let xsdt = table(&image, u64_at(&image, 24));
         let fadt = table(&image, u64_at(&xsdt[36..], 0));
         let u32_at =

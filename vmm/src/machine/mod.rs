@@ -245,7 +245,7 @@ impl Machine {
         cmdline: &str,
     ) -> Result<LongModeEntry, LoadError> {
         let entry = boot::load(&self.memory, kernel, initramfs, cmdline)?;
-        acpi::write(&self.memory).map_err(LoadError::Memory)?;
+        acpi::write(&self.memory, self.serial.is_some()).map_err(LoadError::Memory)?;
         Ok(entry)
     }
 
