@@ -305,6 +305,7 @@ impl BlockFront {
         if self.must_flush_after(index, completion.status) {
             let id = self.next_id();
             let pending = &mut self.state.requests[index];
+            self.state.counters.count(&pending.request.op);
             pending.request = BlockRequest { id, op: BlockOp::Flush };
             io.effects.push(Effect::Block(pending.request.clone()));
             return Ok(());
@@ -342,24 +343,18 @@ impl BlockFront {
     ) -> Result<(), DriverError> {
         let mut status = completion.status;
         let mut written = 0;
-        let counters = &mut self.state.counters;
-        match &pending.request.op {
-            BlockOp::Read { len, .. } if status == BlockStatus::Ok => {
-                // A completion that is short would leave the guest with stale memory.
-                if completion.data.len() == *len as usize {
-                    counters.read_ops += 1;
-                    counters.read_bytes += u64::from(*len);
-                    written = write_buffers(io.memory, &reply.data, &completion.data)? as u32;
-                } else {
-                    status = BlockStatus::IoError;
-                }
+        if let BlockOp::Read { len, .. } = &pending.request.op
+            && status == BlockStatus::Ok
+        {
+            // A completion that is short would leave the guest with stale memory.
+            if completion.data.len() == *len as usize {
+                written = write_buffers(io.memory, &reply.data, &completion.data)? as u32;
+            } else {
+                status = BlockStatus::IoError;
             }
-            BlockOp::Write { data, .. } if status == BlockStatus::Ok => {
-                counters.write_ops += 1;
-                counters.write_bytes += data.len() as u64;
-            }
-            BlockOp::Flush => counters.flush_ops += 1,
-            _ => {}
+        }
+        if status == BlockStatus::Ok {
+            self.state.counters.count(&pending.request.op);
         }
         self.answer(reply, status, written, io)
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::overlap::Footprint;
-use crate::effect::BlockRequest;
+use crate::effect::{BlockOp, BlockRequest};
 use crate::queue::Buffer;
 
 /// A saved block front half.
@@ -52,4 +52,22 @@ pub(super) struct BlockCounters {
     pub write_bytes: u64,
     pub flush_ops: u64,
     pub errors: u64,
+}
+
+impl BlockCounters {
+    /// Counts an operation that succeeded.
+    pub fn count(&mut self, op: &BlockOp) {
+        match op {
+            BlockOp::Read { len, .. } => {
+                self.read_ops += 1;
+                self.read_bytes += u64::from(*len);
+            }
+            BlockOp::Write { data, .. } => {
+                self.write_ops += 1;
+                self.write_bytes += data.len() as u64;
+            }
+            BlockOp::Flush => self.flush_ops += 1,
+            BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => {}
+        }
+    }
 }

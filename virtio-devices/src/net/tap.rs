@@ -2,9 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::back::TapOptions;
 
@@ -103,11 +105,14 @@ pub(super) fn attach(options: &TapOptions) -> Result<(File, String), TapError> {
 
 /// Address, MTU and the way up, through the usual interface ioctls.
 fn configure(name: &str, options: &TapOptions) -> Result<(), TapError> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|source| TapError::Setup {
+    let no_socket = |error: nix::Error| TapError::Setup {
         name: name.into(),
         step: "open a socket for the set-up",
-        source,
-    })?;
+        source: error.into(),
+    };
+    // Not bound: a namespace may have no address yet to bind it to.
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(no_socket)?;
     let net = Control { fd: socket.as_raw_fd(), name: name.into() };
     if let Some(ip) = options.ip {
         let mut request = interface_request(name)?;

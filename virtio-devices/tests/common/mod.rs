@@ -358,6 +358,13 @@ impl Guest {
         assert_eq!(self.status(), 15);
     }
 
+    /// From whatever a guest made of the device to DRIVER_OK.
+    pub fn initialise_after_anything(&mut self, features: u64) {
+        self.reset_machine();
+        self.probe();
+        self.initialise(features);
+    }
+
     /// Room for `len` bytes of data, page-aligned; old room is used again when there is no more.
     pub fn allocate(&mut self, len: u32) -> u64 {
         let len = u64::from(len).next_multiple_of(0x1000);
