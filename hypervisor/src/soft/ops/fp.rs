@@ -5,8 +5,11 @@ mod mmx;
 mod sse_float;
 mod sse_integer;
 mod sse_move;
+mod sse_string;
 mod vector;
+mod x87;
 mod x87_control;
+mod x87_functions;
 
 use iced_x86::Instruction;
 
@@ -17,7 +20,10 @@ pub fn handler(instruction: &Instruction) -> Option<Selected> {
     sse_move::handler(instruction)
         .or_else(|| sse_integer::handler(instruction))
         .or_else(|| sse_float::handler(instruction))
+        .or_else(|| sse_string::handler(instruction))
         .or_else(|| mmx::handler(instruction))
         .or_else(|| fxsave::handler(instruction))
+        .or_else(|| x87::handler(instruction))
+        .or_else(|| x87_functions::handler(instruction))
         .or_else(|| x87_control::handler(instruction))
 }

@@ -3,7 +3,6 @@
 
 use iced_x86::{Code, Instruction};
 
-use super::vector::in_memory;
 use crate::soft::cpu::{CR0_MP, CR0_TS, Cpu, RAX, Trap};
 use crate::soft::fpu::ImageWidth::{Dword, Word};
 use crate::soft::fpu::{ImageWidth, status};
@@ -188,10 +187,4 @@ impl Cpu {
         let block = self.gpr[usize::from(crate::soft::op::REG_BLOCK)];
         self.fpu.last_instruction = block.wrapping_add(op.offset.into());
     }
-}
-
-/// Whether an x87 instruction has a memory operand.
-pub fn has_memory(instruction: &Instruction) -> bool {
-    instruction.op_count() > 0
-        && (in_memory(instruction, 0) || instruction.op_count() > 1 && in_memory(instruction, 1))
 }
