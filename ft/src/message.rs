@@ -9,6 +9,7 @@
 //!    | <------------------------------------ Hello |
 //!    | CloneStart {terms, config} ---------------> |  opens disks, makes memory
 //!    | <--------------------- Accepted or Refused  |
+//!    | Payload ... -------------------------------> |
 //!    | Pages, ZeroPages ... (guest runs) --------> |
 //!    | Pages, State (guest paused) --------------> |  log position 0
 //!    | Log ... (guest runs, outputs held) -------> |
@@ -54,6 +55,12 @@ pub enum Message {
     Refused {
         /// Why, for the operator.
         reason: String,
+    },
+    /// The next piece of what the VM boots from, opaque to the protocol.
+    Payload {
+        /// Its bytes.
+        #[serde(with = "bytes::one")]
+        bytes: Vec<u8>,
     },
     /// Primary: a run of guest pages, each [`PAGE_BYTES`].
     Pages {
@@ -192,6 +199,7 @@ impl Message {
             Message::CloneStart(_) => "CloneStart",
             Message::Accepted => "Accepted",
             Message::Refused { .. } => "Refused",
+            Message::Payload { .. } => "Payload",
             Message::Pages { .. } => "Pages",
             Message::ZeroPages { .. } => "ZeroPages",
             Message::State { .. } => "State",

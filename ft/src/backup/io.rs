@@ -77,6 +77,11 @@ pub enum Action {
     HangUp,
     /// Look whether this VM can be taken; give [`Input::Accept`] or [`Input::Refuse`].
     Prepare(Box<CloneStart>),
+    /// Append this to what the VM boots from.
+    LoadPayload {
+        /// The next bytes.
+        bytes: Vec<u8>,
+    },
     /// Put pages into guest memory.
     LoadPages {
         /// Page number of the first.

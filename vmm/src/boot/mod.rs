@@ -14,6 +14,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use hypervisor::{GuestMemory, LongModeEntry};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 pub use elf::ElfError;
@@ -95,30 +96,61 @@ pub enum LoadError {
     Memory(#[source] GuestMemoryError),
 }
 
+/// What a guest boots from, and boots from again at every reset. Kept in memory, because both sides of a
+/// protected pair must reboot from the same bytes without asking a file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Payload {
+    /// The kernel.
+    pub kernel: BootFile,
+    /// The initial RAM file system.
+    pub initramfs: Option<BootFile>,
+    /// The kernel command line.
+    pub cmdline: String,
+}
+
+/// A file as it was read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootFile {
+    /// Where it was read from, for error messages.
+    pub path: PathBuf,
+    /// What it held.
+    pub content: Vec<u8>,
+}
+
+impl Payload {
+    /// Reads the files for a guest with `ram_size` bytes of memory.
+    pub fn read(
+        kernel: &Path,
+        initramfs: Option<&Path>,
+        cmdline: &str,
+        ram_size: u64,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            kernel: read_file("kernel", kernel, ram_size)?,
+            initramfs: initramfs.map(|path| read_file("initramfs", path, ram_size)).transpose()?,
+            cmdline: cmdline.to_owned(),
+        })
+    }
+}
+
 /// Loads kernel, initramfs and command line. ACPI tables are not written here.
-pub fn load(
-    memory: &GuestMemory,
-    kernel_path: &Path,
-    initramfs_path: Option<&Path>,
-    cmdline: &str,
-) -> Result<LongModeEntry, LoadError> {
+pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<LongModeEntry, LoadError> {
     let ram_size = memory.iter().map(GuestMemoryRegion::len).sum();
-    let file = read_file("kernel", kernel_path, ram_size)?;
-    let kernel = kernel::parse(file, ram_size)
-        .map_err(|source| LoadError::Kernel { path: kernel_path.to_owned(), source })?;
+    let path = &payload.kernel.path;
+    let kernel = kernel::parse(payload.kernel.content.clone(), ram_size)
+        .map_err(|source| LoadError::Kernel { path: path.clone(), source })?;
     let loaded = elf::load(&kernel.elf, memory)
-        .map_err(|source| LoadError::Elf { path: kernel_path.to_owned(), source })?;
-    let cmdline_len = write_cmdline(memory, cmdline, kernel.cmdline_max)?;
+        .map_err(|source| LoadError::Elf { path: path.clone(), source })?;
+    let cmdline_len = write_cmdline(memory, &payload.cmdline, kernel.cmdline_max)?;
 
     let mut initramfs = (0, 0);
-    if let Some(path) = initramfs_path {
-        let file = read_file("initramfs", path, ram_size)?;
-        let size = file.len() as u64;
+    if let Some(file) = &payload.initramfs {
+        let size = file.content.len() as u64;
         let limit = ram_size
             .min(layout::LOW_RAM_END)
             .min(u64::from(kernel.header.initrd_addr_max).saturating_add(1));
         let address = place_initramfs(size, loaded.end, limit)?;
-        memory.write_slice(&file, GuestAddress(address)).map_err(LoadError::Memory)?;
+        memory.write_slice(&file.content, GuestAddress(address)).map_err(LoadError::Memory)?;
         initramfs = (address, size);
     }
     let info = linux::BootInfo { header: kernel.header, ram_size, initramfs, cmdline_len };
@@ -126,7 +158,7 @@ pub fn load(
 }
 
 /// Reads a file of at most `ram_size` bytes, so that a wrong path (a disk, a device) costs no more.
-fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<Vec<u8>, LoadError> {
+fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<BootFile, LoadError> {
     let failed = |source| LoadError::Read { what, path: path.to_owned(), source };
     let mut content = Vec::new();
     File::open(path)
@@ -137,7 +169,7 @@ fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<Vec<u8>, 
     if content.len() as u64 > ram_size {
         return Err(LoadError::FileTooLarge { what, path: path.to_owned(), ram_size });
     }
-    Ok(content)
+    Ok(BootFile { path: path.to_owned(), content })
 }
 
 fn write_cmdline(memory: &GuestMemory, cmdline: &str, kernel_max: u64) -> Result<u32, LoadError> {
@@ -177,6 +209,16 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(content).unwrap();
         file
+    }
+
+    fn load(
+        memory: &GuestMemory,
+        kernel: &Path,
+        initramfs: Option<&Path>,
+        cmdline: &str,
+    ) -> Result<LongModeEntry, LoadError> {
+        let ram_size = memory.iter().map(GuestMemoryRegion::len).sum();
+        super::load(memory, &Payload::read(kernel, initramfs, cmdline, ram_size)?)
     }
 
     fn read(memory: &GuestMemory, address: u64, len: usize) -> Vec<u8> {

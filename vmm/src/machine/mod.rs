@@ -13,7 +13,6 @@ pub mod layout;
 mod state;
 mod tree;
 
-use std::path::Path;
 
 use ft::{Control, Event};
 use hypervisor::{AccessContext, GuestMemory, LongModeEntry, Msi};
@@ -238,13 +237,8 @@ impl Machine {
 
     /// Puts kernel, initramfs, command line and ACPI tables into memory; the result is where the
     /// processor starts.
-    pub fn load(
-        &mut self,
-        kernel: &Path,
-        initramfs: Option<&Path>,
-        cmdline: &str,
-    ) -> Result<LongModeEntry, LoadError> {
-        let entry = boot::load(&self.memory, kernel, initramfs, cmdline)?;
+    pub fn load(&mut self, payload: &boot::Payload) -> Result<LongModeEntry, LoadError> {
+        let entry = boot::load(&self.memory, payload)?;
         acpi::write(&self.memory, self.serial.is_some()).map_err(LoadError::Memory)?;
         Ok(entry)
     }

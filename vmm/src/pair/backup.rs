@@ -1,0 +1,415 @@
+//! The backup's ft thread: carries out what [`ft::Backup`] decides.
+//!
+//! It fills the guest's memory while the copy is being made, then feeds the log to the vCPU thread, and
+//! has that thread go live when the state machine says so. The VM itself is built and owned by a
+//! [`BackupHost`].
+
+use std::collections::VecDeque;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+use ft::backup::{Action, Input};
+use ft::message::{CloneStart, PAGE_BYTES};
+use ft::status::Failover;
+use ft::{Arbiter, Backup, BackupConfig, ExecutionPoint, Generation, LogPosition, Message, Terms, Unequal};
+use hypervisor::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::channel::Channel;
+use super::clone::CloneState;
+use super::{StatusCell, boot_time, wait};
+use crate::boot::Payload;
+use crate::run_loop::inbox::InboxSender;
+use crate::run_loop::outgoing::Outlet;
+use crate::run_loop::replay::{Replay, ReplayObserver};
+use crate::run_loop::{self, Command, GoLive};
+
+/// No VM boots from more than this.
+const MAX_PAYLOAD_BYTES: usize = 2 << 30;
+
+/// The process around the ft thread: builds the VM and hears of its fate. Called on the ft thread.
+pub trait BackupHost: Send {
+    /// Makes the VM of `start` as far as possible without its memory: allocates that, opens disks and
+    /// network without starting them. An error is told to the primary's operator.
+    fn prepare(&mut self, start: &CloneStart) -> Result<GuestMemory, String>;
+    /// Memory is filled. Loads the rest and starts the vCPU thread on `replay`.
+    fn load(
+        &mut self,
+        payload: Payload,
+        state: CloneState,
+        replay: Replay,
+    ) -> Result<InboxSender<run_loop::Message>, String>;
+    /// The back halves, not started.
+    fn outlet(&self) -> Arc<dyn Outlet>;
+    /// The VM is protected by this side.
+    fn protected(&mut self);
+    /// The VM runs here now.
+    fn live(&mut self, terms: &Terms, generation: Generation, failover: &Failover);
+    /// The copy is worthless: throw the VM away.
+    fn discarded(&mut self, reason: &str);
+}
+
+/// Inputs from other threads.
+pub(super) enum Inward {
+    Operator(Input, Sender<Result<(), String>>),
+    Arbiter(Result<ft::Claim, String>),
+    /// From the vCPU thread.
+    Guest(Input),
+}
+
+/// The way to a backup's ft thread.
+#[derive(Clone)]
+pub struct BackupControl {
+    inward: Sender<Inward>,
+    waker: Arc<EventFd>,
+    status: StatusCell,
+}
+
+impl BackupControl {
+    /// Asks for a take-over, or for the copy to be discarded. Returns when it is under way.
+    pub fn command(&self, input: Input) -> Result<(), String> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        let gone = || "this VMM is no backup any more".to_owned();
+        self.inward.send(Inward::Operator(input, reply)).map_err(|_| gone())?;
+        let _ = self.waker.write(1);
+        answer.recv().map_err(|_| gone())?
+    }
+
+    /// What the operator is shown.
+    #[must_use]
+    pub fn status(&self) -> ft::FtStatus {
+        self.status.get()
+    }
+}
+
+/// How far the vCPU thread is; written by it, read by the ft thread.
+#[derive(Debug, Default)]
+struct Progress {
+    executed: Mutex<(LogPosition, ExecutionPoint)>,
+    digests: AtomicU64,
+}
+
+/// The vCPU thread's end of [`Progress`].
+struct ProgressReporter {
+    progress: Arc<Progress>,
+    /// The latest, not yet published.
+    executed: (LogPosition, ExecutionPoint),
+    inward: Sender<Inward>,
+    waker: Arc<EventFd>,
+}
+
+impl ReplayObserver for ProgressReporter {
+    fn executed(&mut self, position: LogPosition, point: ExecutionPoint) {
+        self.executed = (position, point);
+    }
+
+    fn log_empty(&mut self) {
+        let mut executed = self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *executed != self.executed {
+            *executed = self.executed;
+            drop(executed);
+            let _ = self.waker.write(1);
+        }
+    }
+
+    fn digest(&mut self, point: ExecutionPoint, unequal: Option<Unequal>) {
+        match unequal {
+            None => {
+                self.progress.digests.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(unequal) => self.tell(Input::Unequal { point, unequal }),
+        }
+    }
+
+    fn diverged(&mut self, reason: String) {
+        self.tell(Input::Failed { reason });
+    }
+}
+
+impl ProgressReporter {
+    fn tell(&self, input: Input) {
+        let _ = self.inward.send(Inward::Guest(input));
+        let _ = self.waker.write(1);
+    }
+}
+
+/// State of the ft thread.
+pub(super) struct BackupSide {
+    machine: Backup,
+    actions: VecDeque<Action>,
+    channel: Option<Channel>,
+    hang_up: bool,
+    host: Box<dyn BackupHost>,
+    memory: Option<GuestMemory>,
+    payload: Vec<u8>,
+    inbox: Option<InboxSender<run_loop::Message>>,
+    arbiter: Option<Arc<dyn Arbiter>>,
+    progress: Arc<Progress>,
+    inward: Receiver<Inward>,
+    inward_sender: Sender<Inward>,
+    waker: Arc<EventFd>,
+    status: StatusCell,
+}
+
+impl BackupSide {
+    pub(super) fn new(
+        stream: TcpStream,
+        config: BackupConfig,
+        host: Box<dyn BackupHost>,
+    ) -> std::io::Result<(Self, BackupControl)> {
+        let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
+        let (inward_sender, inward) = crossbeam_channel::unbounded();
+        let status = StatusCell::default();
+        let control = BackupControl {
+            inward: inward_sender.clone(),
+            waker: Arc::clone(&waker),
+            status: status.clone(),
+        };
+        let side = Self {
+            machine: Backup::new(boot_time(), config),
+            actions: VecDeque::new(),
+            channel: Some(Channel::new(stream)?),
+            hang_up: false,
+            host,
+            memory: None,
+            payload: Vec::new(),
+            inbox: None,
+            arbiter: None,
+            progress: Arc::default(),
+            inward,
+            inward_sender,
+            waker,
+            status,
+        };
+        Ok((side, control))
+    }
+
+    /// Runs until this side is live or discarded and everything it had to say is said. True if a VM went
+    /// live; false if this process can receive another.
+    pub(super) fn run(mut self) -> bool {
+        let mut linger = None;
+        loop {
+            self.update_status();
+            if self.machine.ended() {
+                // The peer may never read our last words.
+                let until = *linger.get_or_insert_with(|| boot_time() + Duration::from_secs(1));
+                if self.channel.is_none() || boot_time() >= until {
+                    return self.machine.state_name() == "live";
+                }
+            }
+            let second = boot_time() + Duration::from_secs(1);
+            let deadline = self.machine.next_deadline().unwrap_or(second);
+            let ready = wait(self.channel.as_ref(), &self.waker, deadline);
+            if ready.readable {
+                self.read();
+            }
+            self.take_inward();
+            self.take_progress();
+            self.write();
+            self.step(Input::Tick);
+        }
+    }
+
+    fn step(&mut self, input: Input) {
+        let mut actions = Vec::new();
+        // An illegal input is a bug of this file; the machine has not changed.
+        if let Err(error) = self.machine.step(boot_time(), input, &mut actions) {
+            log::error!("ft: {error}");
+        }
+        self.actions.extend(actions);
+        self.perform();
+    }
+
+    fn lose(&mut self, reason: String) {
+        if self.channel.take().is_some() && !self.hang_up {
+            self.step(Input::ConnectionLost { reason });
+        }
+    }
+
+    fn read(&mut self) {
+        let filled = match &mut self.channel {
+            Some(channel) => channel.fill(),
+            None => return,
+        };
+        // What came before the end is still good.
+        loop {
+            let message = match self.channel.as_mut().map(Channel::next_message) {
+                Some(Ok(Some(message))) => message,
+                Some(Ok(None)) | None => break,
+                Some(Err(error)) => return self.lose(error.to_string()),
+            };
+            self.step(Input::Message(message));
+        }
+        if let Err(error) = filled {
+            self.lose(error.to_string());
+        }
+    }
+
+    fn write(&mut self) {
+        let result = match &mut self.channel {
+            Some(channel) => channel.flush(),
+            None => return,
+        };
+        if let Err(error) = result {
+            return self.lose(error.to_string());
+        }
+        if self.hang_up && self.channel.as_ref().is_some_and(|channel| channel.queued() == 0) {
+            self.channel = None;
+        }
+    }
+
+    fn take_inward(&mut self) {
+        while let Ok(inward) = self.inward.try_recv() {
+            match inward {
+                Inward::Arbiter(answer) => self.step(Input::ArbiterAnswered(answer)),
+                Inward::Guest(input) => self.step(input),
+                Inward::Operator(input, reply) => {
+                    let mut actions = Vec::new();
+                    let result = self.machine.step(boot_time(), input, &mut actions);
+                    self.actions.extend(actions);
+                    let _ = reply.send(result.map_err(|error| error.to_string()));
+                    self.perform();
+                }
+            }
+        }
+    }
+
+    fn take_progress(&mut self) {
+        let (position, point) =
+            *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
+        if position > LogPosition(0) && !self.machine.ended() {
+            let digests_compared = self.progress.digests.load(Ordering::Relaxed);
+            self.step(Input::Executed { point, position, digests_compared });
+        }
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.actions.pop_front() {
+            if let Err(reason) = self.act(action) {
+                self.step(Input::Failed { reason });
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), String> {
+        match action {
+            Action::Send(message) => self.send(&message),
+            Action::HangUp => self.hang_up = true,
+            Action::Prepare(start) => match self.prepare(&start) {
+                Ok(()) => self.step(Input::Accept),
+                Err(reason) => self.step(Input::Refuse { reason }),
+            },
+            Action::LoadPayload { bytes } => {
+                if self.payload.len() + bytes.len() > MAX_PAYLOAD_BYTES {
+                    return Err("the primary's kernel and initramfs are too large".into());
+                }
+                self.payload.extend_from_slice(&bytes);
+            }
+            Action::LoadPages { first, bytes } => self.load_pages(first, &bytes)?,
+            Action::LoadZeroPages { first, count } => self.load_zero_pages(first, count)?,
+            Action::LoadState { point, bytes } => {
+                self.load_state(point, &bytes)?;
+                self.step(Input::Loaded);
+            }
+            Action::Replay { bytes, .. } => {
+                if let Some(inbox) = &self.inbox {
+                    inbox.post(run_loop::Message::Log(bytes));
+                }
+            }
+            Action::Protected => self.host.protected(),
+            Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
+            Action::GoLive { generation, failover } => self.go_live(generation, &failover)?,
+            Action::Discard { reason } => {
+                if let Some(inbox) = &self.inbox {
+                    inbox.send(run_loop::Message::Command(Command::Halt));
+                }
+                self.host.discarded(&reason);
+            }
+            Action::Changed { state, reason } => match reason {
+                Some(reason) => log::info!("backup: {state}: {reason}"),
+                None => log::info!("backup: {state}"),
+            },
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, message: &Message) {
+        let result = match &mut self.channel {
+            Some(channel) => channel.send(message),
+            None => return,
+        };
+        if let Err(error) = result {
+            self.lose(error.to_string());
+        }
+    }
+
+    fn prepare(&mut self, start: &CloneStart) -> Result<(), String> {
+        let arbiter = ft::arbiter::open(&start.terms.arbiter_url).map_err(|error| error.to_string())?;
+        self.arbiter = Some(Arc::from(arbiter));
+        self.memory = Some(self.host.prepare(start)?);
+        Ok(())
+    }
+
+    fn load_pages(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
+        let memory = self.memory.as_ref().ok_or("pages came before the configuration")?;
+        let address = first.checked_mul(PAGE_BYTES as u64).ok_or("a page number is too large")?;
+        memory
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|_| format!("page {first:#x} is not in the VM's memory"))
+    }
+
+    fn load_zero_pages(&self, first: u64, count: u64) -> Result<(), String> {
+        // A count beyond memory fails at the first page that is not there.
+        for page in first..first.saturating_add(count) {
+            self.load_pages(page, &[0; PAGE_BYTES])?;
+        }
+        Ok(())
+    }
+
+    fn load_state(&mut self, point: ExecutionPoint, bytes: &[u8]) -> Result<(), String> {
+        let damaged = |what: &str, error: postcard::Error| format!("the {what} is damaged: {error}");
+        let payload = postcard::from_bytes(&std::mem::take(&mut self.payload))
+            .map_err(|error| damaged("kernel payload", error))?;
+        let state = postcard::from_bytes(bytes).map_err(|error| damaged("state", error))?;
+        let reporter = ProgressReporter {
+            progress: Arc::clone(&self.progress),
+            executed: (LogPosition(0), point),
+            inward: self.inward_sender.clone(),
+            waker: Arc::clone(&self.waker),
+        };
+        let replay = Replay::new(point, Box::new(reporter));
+        self.inbox = Some(self.host.load(payload, state, replay)?);
+        Ok(())
+    }
+
+    fn claim(&self, pair: ft::PairId, generation: Generation, who: String) {
+        let Some(arbiter) = &self.arbiter else { return };
+        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
+        super::claim(Arc::clone(arbiter), pair, generation, who, move |answer| {
+            let _ = sender.send(Inward::Arbiter(answer));
+            let _ = waker.write(1);
+        });
+    }
+
+    fn go_live(&mut self, generation: Generation, failover: &Failover) -> Result<(), String> {
+        let (Some(inbox), Some(terms)) = (&self.inbox, self.machine.terms().cloned()) else {
+            return Err("there is no VM to go live".into());
+        };
+        let outlet = self.host.outlet();
+        let point = run_loop::ask(inbox, |done| Command::GoLive(Box::new(GoLive { outlet, done })))
+            .map_err(|error| error.to_string())?;
+        log::info!("live in generation {} at point {}", generation.0, point.0);
+        self.host.live(&terms, generation, failover);
+        Ok(())
+    }
+
+    fn update_status(&mut self) {
+        let now = boot_time();
+        let machine = &self.machine;
+        self.status.update(now, machine.state_name(), |status| machine.status(status));
+    }
+}

@@ -1,0 +1,156 @@
+//! The threads of a protected pair: they give [`ft`]'s state machines sockets, time and a guest.
+//!
+//! ```text
+//!      primary's process                                     backup's process
+//!   vCPU thread (record)                                  vCPU thread (replay)
+//!      │ log bytes, outputs                                  ▲ log bytes   │ progress, digests
+//!      ▼                                                     │             ▼
+//!   ft thread: ft::Primary, gate ── log ──> socket ──> ft thread: ft::Backup
+//!      │                         <── acks ─                  │
+//!      ▼ released outputs                                    ▼ go live
+//!   back halves                                           back halves
+//! ```
+//!
+//! What must hold: an output reaches a back half only through [`ft::OutputGate`], as far as
+//! [`ft::Primary`] says. The decisions are all in `ft`; these files only carry them out, in order.
+
+pub mod backup;
+mod channel;
+pub mod clone;
+pub mod primary;
+pub mod receive;
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ft::{Arbiter, Capabilities, Claim, DiskMode, FtStatus, Generation, PairId};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
+use vmm_sys_util::eventfd::EventFd;
+
+use channel::Channel;
+
+/// Status is renewed no more often than this, unless the state changes.
+const STATUS_PERIOD: Duration = Duration::from_millis(20);
+/// The log rate shown is the mean over this time.
+const RATE_PERIOD: Duration = Duration::from_secs(1);
+
+/// The processor and machine that this version gives to a guest. Two hosts with different values cannot
+/// be a pair: a change to what a guest can observe of the machine changes this name.
+pub const MACHINE_MODEL: &str = "dyad-soft-1";
+
+/// What this program offers a pair.
+#[must_use]
+pub fn capabilities() -> Capabilities {
+    Capabilities {
+        cpu_model: MACHINE_MODEL.into(),
+        memory_bytes: host_memory_bytes(),
+        devices: ["virtio-blk", "virtio-net", "virtio-console", "virtio-rng", "serial"]
+            .map(String::from)
+            .to_vec(),
+        disk_modes: vec![DiskMode::Shared],
+    }
+}
+
+/// Physical memory of this host.
+fn host_memory_bytes() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total())
+}
+
+/// Time as the state machines want it: it goes on while the host sleeps.
+#[must_use]
+pub fn boot_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// What an ft thread woke for.
+struct Ready {
+    readable: bool,
+}
+
+/// Sleeps until the channel or the waker has something, or `deadline`.
+fn wait(channel: Option<&Channel>, waker: &EventFd, deadline: Duration) -> Ready {
+    // SAFETY: both descriptors are open as long as the references given live.
+    let waker_fd = unsafe { BorrowedFd::borrow_raw(waker.as_raw_fd()) };
+    let mut fds = vec![PollFd::new(waker_fd, PollFlags::POLLIN)];
+    if let Some(channel) = channel {
+        // SAFETY: as above.
+        let fd = unsafe { BorrowedFd::borrow_raw(channel.as_raw_fd()) };
+        let writing = if channel.queued() > 0 { PollFlags::POLLOUT } else { PollFlags::empty() };
+        fds.push(PollFd::new(fd, PollFlags::POLLIN | writing));
+    }
+    let timeout = TimeSpec::from(deadline.saturating_sub(boot_time()));
+    // An interrupted sleep is a short one.
+    let _ = ppoll(&mut fds, Some(timeout), None);
+    let _ = waker.read();
+    let interesting = PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR;
+    let readable =
+        fds.get(1).and_then(PollFd::revents).is_some_and(|events| events.intersects(interesting));
+    Ready { readable }
+}
+
+/// Asks the arbiter on a thread of its own, since it may hang as long as its storage does.
+fn claim(
+    arbiter: Arc<dyn Arbiter>,
+    pair: PairId,
+    generation: Generation,
+    who: String,
+    answer: impl Fn(Result<Claim, String>) + Send + Sync + 'static,
+) {
+    let answer = Arc::new(answer);
+    let answer_later = Arc::clone(&answer);
+    let spawned = std::thread::Builder::new().name("arbiter".into()).spawn(move || {
+        let result = arbiter.claim(&pair, generation, &who);
+        answer_later(result.map_err(|error| {
+            let cause = &error.source;
+            format!("{error}: {cause}")
+        }));
+    });
+    if let Err(error) = spawned {
+        answer(Err(format!("cannot start a thread: {error}")));
+    }
+}
+
+/// The status of an ft thread, written by it and read by the control thread.
+#[derive(Clone, Default)]
+pub struct StatusCell(Arc<Mutex<Published>>);
+
+#[derive(Default)]
+struct Published {
+    status: FtStatus,
+    state: &'static str,
+    renewed: Duration,
+    /// When the present rate measurement began, and the log position then.
+    rate_from: (Duration, u64),
+}
+
+impl StatusCell {
+    /// The latest.
+    #[must_use]
+    pub fn get(&self) -> FtStatus {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).status.clone()
+    }
+
+    /// Renews it if it is due.
+    fn update(&self, now: Duration, state: &'static str, fill: impl FnOnce(&mut FtStatus)) {
+        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let published = &mut *guard;
+        if published.state == state && now < published.renewed + STATUS_PERIOD {
+            return;
+        }
+        published.state = state;
+        published.renewed = now;
+        let status = &mut published.status;
+        fill(status);
+        let bytes = status.log.recorded_bytes.max(status.log.acknowledged_bytes);
+        let (since, from) = published.rate_from;
+        let elapsed = now.saturating_sub(since);
+        if elapsed >= RATE_PERIOD {
+            let bits = bytes.saturating_sub(from) as f64 * 8.0;
+            status.log.mbit_per_s = bits / elapsed.as_secs_f64() / 1e6;
+            published.rate_from = (now, bytes);
+        }
+    }
+}

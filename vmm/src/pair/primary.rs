@@ -1,0 +1,465 @@
+//! The primary's ft thread: carries out what [`ft::Primary`] decides.
+//!
+//! One thread owns the socket, the output gate and the state machine, and sleeps in one `ppoll`. The vCPU
+//! thread hands it log bytes and outputs; nothing here ever waits for the vCPU thread except at the end of
+//! protection, when the last outputs must not be overtaken.
+
+use std::collections::VecDeque;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender};
+use ft::primary::{Action, Input};
+use ft::status::{CloneStatus, Failover, FtStatus};
+use ft::{Arbiter, ExecutionPoint, Generation, LogPosition, Message, OutputGate, Primary, PrimaryConfig, Unequal};
+use hypervisor::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::channel::Channel;
+use super::clone::{CloneProgress, CloneSender, CloneStep};
+use super::{StatusCell, boot_time, wait};
+use crate::boot::Payload;
+use crate::run_loop::inbox::InboxSender;
+use crate::run_loop::outgoing::{Outgoing, Outlet};
+use crate::run_loop::recorder::{FromVcpu, LinkState, Recorder};
+use crate::run_loop::{self, Command};
+
+/// Clone messages between the clone thread and the socket.
+const CLONE_STEPS: usize = 4;
+/// While more than this waits for the socket, no more of the clone is taken.
+const CLONE_QUEUE_BYTES: usize = 4 << 20;
+
+/// What the control thread needs to know. Called on the ft thread.
+pub trait PrimaryObserver: Send {
+    /// The VM survives the death of this host from now on.
+    fn protected(&self);
+    /// Protection never came about; the VM runs on as before.
+    fn abandoned(&self, reason: &str);
+    /// The VM runs on without a backup, in a new generation.
+    fn alone(&self, generation: Generation, failover: &Failover);
+    /// The VM goes on elsewhere, or may do: it has been stopped here.
+    fn halted(&self, reason: &str);
+    /// The backup's guest was found to differ.
+    fn diverged(&self, point: ExecutionPoint, unequal: &Unequal);
+}
+
+/// What the ft thread works with.
+pub struct PrimaryParts {
+    /// Terms, name, capabilities, configuration.
+    pub config: PrimaryConfig,
+    /// A fresh connection to the backup.
+    pub stream: TcpStream,
+    /// Who decides in doubt.
+    pub arbiter: Arc<dyn Arbiter>,
+    /// The guest's thread.
+    pub inbox: InboxSender<run_loop::Message>,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// What the guest boots from.
+    pub payload: Arc<Payload>,
+    /// The back halves.
+    pub outlet: Arc<dyn Outlet>,
+    /// The control thread.
+    pub observer: Box<dyn PrimaryObserver>,
+}
+
+/// A primary's ft thread.
+pub struct PrimaryThread {
+    operator: Sender<Inward>,
+    waker: Arc<EventFd>,
+    status: StatusCell,
+    handle: Option<JoinHandle<()>>,
+}
+
+/// Inputs from threads other than the vCPU's and the clone's.
+enum Inward {
+    Operator(Input, Sender<Result<(), String>>),
+    Arbiter(Result<ft::Claim, String>),
+}
+
+impl PrimaryThread {
+    /// Greets the backup and waits until it has accepted or refused; then copies and protects in the
+    /// background. An error is for the operator.
+    pub fn start(parts: PrimaryParts) -> Result<Self, String> {
+        let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
+        let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(fail)?);
+        let channel = Channel::new(parts.stream).map_err(fail)?;
+        let (operator, inward) = crossbeam_channel::unbounded();
+        let (started, accepted) = crossbeam_channel::bounded(1);
+        let (flush_sender, flushes) = crossbeam_channel::unbounded();
+        let status = StatusCell::default();
+        let mut actions = Vec::new();
+        let machine = Primary::new(boot_time(), parts.config, &mut actions);
+        let side = PrimarySide {
+            machine,
+            actions: actions.into(),
+            channel: Some(channel),
+            hang_up: false,
+            gate: OutputGate::new(),
+            arbiter: parts.arbiter,
+            inbox: parts.inbox,
+            memory: parts.memory,
+            payload: parts.payload,
+            outlet: parts.outlet,
+            observer: parts.observer,
+            link: Arc::default(),
+            inward,
+            inward_sender: operator.clone(),
+            flush_sender: Some(flush_sender),
+            flushes,
+            clone: None,
+            clone_sent: false,
+            progress: Arc::default(),
+            waker: Arc::clone(&waker),
+            started: Some(started),
+            status: status.clone(),
+        };
+        let handle = std::thread::Builder::new()
+            .name("ft-primary".into())
+            .spawn(move || side.run())
+            .map_err(fail)?;
+        let this = Self { operator, waker, status, handle: Some(handle) };
+        match accepted.recv() {
+            Ok(Ok(())) => Ok(this),
+            Ok(Err(reason)) => Err(reason),
+            Err(_) => Err("the ft thread ended unexpectedly".into()),
+        }
+    }
+
+    /// Asks for a hand-over, or for the end of protection. Returns when it is under way.
+    pub fn command(&self, input: Input) -> Result<(), String> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        let gone = || "protection has ended already".to_owned();
+        self.operator.send(Inward::Operator(input, reply)).map_err(|_| gone())?;
+        let _ = self.waker.write(1);
+        answer.recv().map_err(|_| gone())?
+    }
+
+    /// What the operator is shown.
+    #[must_use]
+    pub fn status(&self) -> FtStatus {
+        self.status.get()
+    }
+
+    /// Waits for the thread to end by itself: after `Disable`, `HandOver` or a failure.
+    pub fn join(mut self) {
+        if let Some(handle) = self.handle.take() {
+            let _ = handle.join();
+        }
+    }
+
+    /// Whether the thread has ended.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+struct CloneThread {
+    steps: Receiver<CloneStep>,
+    cancelled: Arc<AtomicBool>,
+    handle: JoinHandle<()>,
+}
+
+/// State of the ft thread.
+struct PrimarySide {
+    machine: Primary,
+    actions: VecDeque<Action>,
+    channel: Option<Channel>,
+    /// Close the channel once it is empty.
+    hang_up: bool,
+    gate: OutputGate<Outgoing>,
+    arbiter: Arc<dyn Arbiter>,
+    inbox: InboxSender<run_loop::Message>,
+    memory: GuestMemory,
+    payload: Arc<Payload>,
+    outlet: Arc<dyn Outlet>,
+    observer: Box<dyn PrimaryObserver>,
+    link: Arc<LinkState>,
+    inward: Receiver<Inward>,
+    inward_sender: Sender<Inward>,
+    /// Kept until the recorder is made: once the recorder is dropped, `flushes` closes.
+    flush_sender: Option<Sender<FromVcpu>>,
+    flushes: Receiver<FromVcpu>,
+    clone: Option<CloneThread>,
+    /// The guest records, and what it records may be sent.
+    clone_sent: bool,
+    progress: Arc<CloneProgress>,
+    waker: Arc<EventFd>,
+    started: Option<Sender<Result<(), String>>>,
+    status: StatusCell,
+}
+
+impl PrimarySide {
+    fn run(mut self) {
+        loop {
+            self.perform();
+            self.update_status();
+            if self.machine.ended() && self.channel.is_none() {
+                return;
+            }
+            let deadline = self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
+            let ready = wait(self.channel.as_ref(), &self.waker, deadline);
+            if ready.readable {
+                self.read();
+            }
+            self.take_clone_steps();
+            self.take_flushes();
+            self.take_inward();
+            self.write();
+            self.step(Input::Tick);
+        }
+    }
+
+    fn step(&mut self, input: Input) {
+        let mut actions = Vec::new();
+        // An illegal input is a bug of this file; the machine has not changed.
+        if let Err(error) = self.machine.step(boot_time(), input, &mut actions) {
+            log::error!("ft: {error}");
+        }
+        self.actions.extend(actions);
+        self.perform();
+    }
+
+    fn lose(&mut self, reason: String) {
+        if self.channel.take().is_some() && !self.hang_up {
+            self.step(Input::ConnectionLost { reason });
+        }
+    }
+
+    fn read(&mut self) {
+        let filled = match &mut self.channel {
+            Some(channel) => channel.fill(),
+            None => return,
+        };
+        // What came before the end is still good.
+        loop {
+            let message = match self.channel.as_mut().map(Channel::next_message) {
+                Some(Ok(Some(message))) => message,
+                Some(Ok(None)) | None => break,
+                Some(Err(error)) => return self.lose(error.to_string()),
+            };
+            self.step(Input::Message(message));
+        }
+        if let Err(error) = filled {
+            self.lose(error.to_string());
+        }
+    }
+
+    fn write(&mut self) {
+        let result = match &mut self.channel {
+            Some(channel) => channel.flush(),
+            None => return,
+        };
+        if let Err(error) = result {
+            return self.lose(error.to_string());
+        }
+        if self.hang_up && self.channel.as_ref().is_some_and(|channel| channel.queued() == 0) {
+            self.channel = None;
+        }
+    }
+
+    fn take_clone_steps(&mut self) {
+        while self.channel.as_ref().is_some_and(|channel| channel.queued() < CLONE_QUEUE_BYTES) {
+            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok()) else {
+                return;
+            };
+            match step {
+                CloneStep::Message(message) => self.send(&message),
+                CloneStep::Sent => {
+                    self.clone_sent = true;
+                    self.step(Input::CloneSent);
+                }
+                CloneStep::Failed(reason) => self.step(Input::CloneFailed { reason }),
+            }
+        }
+    }
+
+    fn take_flushes(&mut self) {
+        while self.clone_sent && !self.machine.ended() {
+            let Ok(message) = self.flushes.try_recv() else { return };
+            match message {
+                FromVcpu::Flush(flush) => {
+                    let now = boot_time();
+                    for held in flush.outputs {
+                        let size = held.outgoing.size();
+                        self.gate.hold(now, held.number, held.position, size, held.outgoing);
+                    }
+                    let (end, point, bytes) = (flush.end, flush.point, flush.bytes);
+                    self.step(Input::Log { end, point, bytes });
+                }
+                FromVcpu::HandedOver { end } => self.step(Input::HandOverLogged { end }),
+            }
+        }
+    }
+
+    fn take_inward(&mut self) {
+        while let Ok(inward) = self.inward.try_recv() {
+            match inward {
+                Inward::Arbiter(answer) => self.step(Input::ArbiterAnswered(answer)),
+                Inward::Operator(input, reply) => {
+                    let mut actions = Vec::new();
+                    let result = self.machine.step(boot_time(), input, &mut actions);
+                    self.actions.extend(actions);
+                    let _ = reply.send(result.map_err(|error| error.to_string()));
+                    self.perform();
+                }
+            }
+        }
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.actions.pop_front() {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(message) => self.send(&message),
+            Action::HangUp => self.hang_up = true,
+            Action::StartClone => self.start_clone(),
+            Action::Protected => self.observer.protected(),
+            Action::Release { through } => {
+                let outlet = &self.outlet;
+                let released =
+                    self.gate.release(boot_time(), through, |_, outgoing| outgoing.release(&**outlet));
+                if let Some(number) = released {
+                    self.link.release(number);
+                }
+            }
+            Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
+            Action::Abandoned { reason } => {
+                self.stop_recording();
+                self.answer_start(Err(reason.clone()));
+                self.observer.abandoned(&reason);
+            }
+            Action::GoAlone { generation, failover } => {
+                self.stop_recording();
+                self.observer.alone(generation, &failover);
+            }
+            Action::Halt { reason } => {
+                self.inbox.send(run_loop::Message::Command(Command::Halt));
+                self.gate.discard();
+                self.observer.halted(&reason);
+            }
+            Action::LogHandOver => {
+                self.inbox.send(run_loop::Message::Command(Command::HandOver));
+            }
+            Action::Throttle(fraction) => self.link.set_throttle(fraction),
+            Action::Stall => self.link.set_stalled(true),
+            Action::Unstall => {
+                self.link.set_stalled(false);
+                self.inbox.send(run_loop::Message::Wake);
+            }
+            Action::Diverged { point, unequal } => self.observer.diverged(point, &unequal),
+            Action::Changed { state, reason } => match reason {
+                Some(reason) => log::info!("primary: {state}: {reason}"),
+                None => log::info!("primary: {state}"),
+            },
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        let result = match &mut self.channel {
+            Some(channel) => channel.send(message),
+            None => return,
+        };
+        if let Err(error) = result {
+            self.lose(error.to_string());
+        }
+    }
+
+    fn answer_start(&mut self, result: Result<(), String>) {
+        if let Some(started) = self.started.take() {
+            let _ = started.send(result);
+        }
+    }
+
+    fn start_clone(&mut self) {
+        self.answer_start(Ok(()));
+        let Some(flush_sender) = self.flush_sender.take() else { return };
+        let (steps_sender, steps) = crossbeam_channel::bounded(CLONE_STEPS);
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let clone = CloneSender {
+            inbox: self.inbox.clone(),
+            memory: self.memory.clone(),
+            payload: Arc::clone(&self.payload),
+            steps: steps_sender,
+            waker: Arc::clone(&self.waker),
+            progress: Arc::clone(&self.progress),
+            cancelled: Arc::clone(&cancelled),
+        };
+        let (waker, link) = (Arc::clone(&self.waker), Arc::clone(&self.link));
+        let recorder = move |point| Recorder::new(point, flush_sender, waker, link);
+        let thread = std::thread::Builder::new().name("clone".into());
+        match thread.spawn(move || clone.run(recorder)) {
+            Ok(handle) => self.clone = Some(CloneThread { steps, cancelled, handle }),
+            Err(error) => {
+                self.step(Input::CloneFailed { reason: format!("cannot start a thread: {error}") });
+            }
+        }
+    }
+
+    fn claim(&self, pair: ft::PairId, generation: Generation, who: String) {
+        let arbiter = Arc::clone(&self.arbiter);
+        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
+        super::claim(arbiter, pair, generation, who, move |answer| {
+            let _ = sender.send(Inward::Arbiter(answer));
+            let _ = waker.write(1);
+        });
+    }
+
+    /// Lets the guest run on unrecorded, with every output it has made released in order.
+    fn stop_recording(&mut self) {
+        if let Some(clone) = self.clone.take() {
+            clone.cancelled.store(true, Ordering::Release);
+            // It may wait for room in `steps`; after this it either never records or has said so.
+            drop(clone.steps);
+            let _ = clone.handle.join();
+        }
+        self.flush_sender = None;
+        let (draining, drained) = crossbeam_channel::bounded::<()>(0);
+        self.inbox.send(run_loop::Message::Command(Command::StopRecording { drained }));
+        let outlet = Arc::clone(&self.outlet);
+        self.gate.release(boot_time(), LogPosition(u64::MAX), |_, outgoing| {
+            outgoing.release(&*outlet);
+        });
+        // Ends when the vCPU thread drops its recorder.
+        while let Ok(message) = self.flushes.recv() {
+            if let FromVcpu::Flush(flush) = message {
+                for held in flush.outputs {
+                    held.outgoing.release(&*outlet);
+                }
+            }
+        }
+        drop(draining);
+    }
+
+    fn update_status(&mut self) {
+        let now = boot_time();
+        let (machine, gate, progress) = (&self.machine, &self.gate, &self.progress);
+        let total_bytes = vm_memory_bytes(&self.memory);
+        self.status.update(now, machine.state_name(), |status| {
+            machine.status(now, status);
+            status.held_outputs = gate.held() as u64;
+            status.held_output_bytes = gate.held_bytes() as u64;
+            status.output_delay = gate.delays();
+            let pause_us = progress.pause_us.load(Ordering::Relaxed);
+            status.clone = Some(CloneStatus {
+                total_bytes,
+                sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
+                rounds: progress.rounds.load(Ordering::Relaxed),
+                pause_us: (pause_us > 0).then_some(pause_us),
+            });
+        });
+    }
+}
+
+fn vm_memory_bytes(memory: &GuestMemory) -> u64 {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}

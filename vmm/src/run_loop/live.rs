@@ -1,0 +1,234 @@
+//! The driver of a guest that lives: solo, or the primary of a pair.
+//!
+//! Events are applied where the guest happens to stop, in the order they arrive. With a [`Recorder`] each is
+//! logged with that point, and each output waits for its place in the log to be acknowledged; without one
+//! outputs leave at once. Nothing else differs, so that a guest behaves alike protected and not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ft::{Control, Entry, Event};
+use hypervisor::{Anchor, Exit};
+
+use super::outgoing::{Outlet, Routed, route};
+use super::pacer::Pacer;
+use super::recorder::Recorder;
+use crate::guest::{Guest, GuestError};
+
+/// Guest time between two digests of a recorded guest, in nanoseconds.
+const DIGEST_INTERVAL_NS: u64 = 500_000_000;
+
+/// What the vCPU thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Ask again at once.
+    Again,
+    /// Wait for a message, at most this long.
+    Wait(Option<Duration>),
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest started over.
+    Rebooted,
+}
+
+/// See the module's documentation.
+pub struct Live {
+    pacer: Pacer,
+    outlet: Arc<dyn Outlet>,
+    recorder: Option<Box<Recorder>>,
+    /// Execution point at which the next anchor is due.
+    anchor_due: u64,
+    /// The guest executed HLT and has not been woken.
+    asleep: bool,
+    next_digest_tsc: u64,
+}
+
+impl Live {
+    /// Drives `guest` from now on; its clock read `guest_ns` at the instant `at`.
+    pub fn new(guest: &Guest, outlet: Arc<dyn Outlet>, guest_ns: u64, at: Instant) -> Self {
+        let point = guest.point().0;
+        Self {
+            pacer: Pacer::new(guest_ns, at, point),
+            outlet,
+            recorder: None,
+            anchor_due: point,
+            asleep: false,
+            next_digest_tsc: 0,
+        }
+    }
+
+    /// Becomes the recording side of a pair.
+    pub fn start_recording(&mut self, guest: &Guest, recorder: Box<Recorder>) {
+        self.next_digest_tsc = guest.tsc() + DIGEST_INTERVAL_NS;
+        self.anchor_due = guest.point().0;
+        self.recorder = Some(recorder);
+    }
+
+    /// Becomes solo. Outputs that wait in the gate are not this driver's business.
+    pub fn stop_recording(&mut self) {
+        self.recorder = None;
+    }
+
+    /// Ends the log here, with the backup to go on from this point.
+    pub fn hand_over(&mut self, guest: &Guest) {
+        self.record(guest, Entry::Event(Event::Control(Control::HandOver)));
+        if let Some(recorder) = &mut self.recorder {
+            recorder.hand_over();
+        }
+    }
+
+    /// Whether a log is being written.
+    pub fn is_recording(&self) -> bool {
+        self.recorder.is_some()
+    }
+
+    /// Guest time stood still until now.
+    pub fn resume(&mut self, guest: &Guest) {
+        self.pacer.resume_at(guest.tsc(), guest.point().0);
+        self.anchor_due = guest.point().0;
+    }
+
+    /// Applies an input here and logs it.
+    pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
+        self.wake(guest);
+        guest.apply(&event)?;
+        self.record(guest, Entry::Event(event));
+        self.drain_effects(guest).map(|_| ())
+    }
+
+    /// Logs a control operation that both sides carry out themselves.
+    pub fn control(&mut self, guest: &Guest, control: Control) {
+        self.record(guest, Entry::Event(Event::Control(control)));
+        self.flush();
+    }
+
+    /// Runs the guest until there is something to do.
+    pub fn advance(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        if !guest.counts_exactly() {
+            return self.advance_uncounted(guest);
+        }
+        self.wake(guest);
+        if guest.point().0 >= self.anchor_due {
+            let anchor = self.pacer.next_while_running(guest.point().0, guest.tsc());
+            self.set_anchor(guest, anchor);
+            self.between_quanta(guest)?;
+            if let Some(pause) = self.recorder.as_ref().and_then(|r| r.throttle_pause()) {
+                return Ok(Next::Wait(Some(pause)));
+            }
+        }
+        if self.recorder.as_ref().is_some_and(|recorder| recorder.stalled()) {
+            return Ok(Next::Wait(None));
+        }
+        let exit = guest.run(Some(ft::ExecutionPoint(self.anchor_due)))?;
+        if let Some(next) = self.drain_effects(guest)? {
+            return Ok(next);
+        }
+        Ok(match exit {
+            Exit::Until | Exit::Kicked | Exit::Stopped => Next::Again,
+            Exit::Halted => self.fall_asleep(guest),
+            Exit::Shutdown => self.reboot(guest)?,
+        })
+    }
+
+    /// On a backend that cannot count, time and HLT are the processor's own affair.
+    fn advance_uncounted(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        let exit = guest.run(None)?;
+        if let Some(next) = self.drain_effects(guest)? {
+            return Ok(next);
+        }
+        Ok(match exit {
+            Exit::Until | Exit::Kicked | Exit::Stopped => Next::Again,
+            Exit::Halted => Next::Wait(None),
+            Exit::Shutdown => self.reboot(guest)?,
+        })
+    }
+
+    fn fall_asleep(&mut self, guest: &Guest) -> Next {
+        self.asleep = true;
+        self.pacer.halted(guest.point().0);
+        // Without this the backup would stay a quantum behind for as long as the guest sleeps.
+        self.record(guest, Entry::Mark);
+        self.flush();
+        Next::Wait(guest.next_timer_tsc().map(|tsc| self.pacer.time_until(tsc)))
+    }
+
+    /// Lets a sleeping guest's clock catch up, which may fire its timer.
+    fn wake(&mut self, guest: &mut Guest) {
+        if std::mem::take(&mut self.asleep) {
+            let anchor = self.pacer.next_after_halt(guest.point().0, guest.tsc());
+            self.set_anchor(guest, anchor);
+        }
+    }
+
+    fn set_anchor(&mut self, guest: &mut Guest, anchor: Anchor) {
+        guest.set_anchor(anchor);
+        self.anchor_due = self.pacer.end_of_quantum(&anchor);
+        self.record(guest, Entry::Event(Event::Anchor { tsc: anchor.tsc, rate: anchor.rate }));
+    }
+
+    /// Housekeeping of the log, once a quantum.
+    fn between_quanta(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
+        let Some(recorder) = &mut self.recorder else { return Ok(()) };
+        recorder.record_released(guest.point());
+        if guest.tsc() >= self.next_digest_tsc {
+            self.next_digest_tsc = guest.tsc() + DIGEST_INTERVAL_NS;
+            let digest = guest.digest()?;
+            recorder.record(guest.point(), &Entry::Digest(digest));
+        }
+        recorder.flush();
+        Ok(())
+    }
+
+    /// Sends what the devices handed out on its way.
+    fn drain_effects(&mut self, guest: &mut Guest) -> Result<Option<Next>, GuestError> {
+        if guest.effects().is_empty() {
+            return Ok(None);
+        }
+        let point = guest.point();
+        let mut end = None;
+        for effect in std::mem::take(guest.effects()) {
+            match route(effect) {
+                Routed::Output(outgoing) => match &mut self.recorder {
+                    Some(recorder) => recorder.output(point, outgoing),
+                    None => outgoing.release(&*self.outlet),
+                },
+                Routed::Block(device, request) => self.outlet.block(device, request),
+                Routed::Entropy(device, len) => self.outlet.entropy(device, len),
+                Routed::PowerOff => end = Some(Next::PoweredOff),
+                Routed::Reset => end = Some(Next::Rebooted),
+            }
+        }
+        match end {
+            Some(Next::Rebooted) => self.reboot(guest).map(Some),
+            Some(end) => {
+                self.record(guest, Entry::Mark);
+                self.flush();
+                Ok(Some(end))
+            }
+            None => {
+                self.flush();
+                Ok(None)
+            }
+        }
+    }
+
+    /// The backup comes to the same point by itself and does the same.
+    fn reboot(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        self.record(guest, Entry::Mark);
+        self.flush();
+        guest.reboot()?;
+        Ok(Next::Rebooted)
+    }
+
+    fn record(&mut self, guest: &Guest, entry: Entry) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record(guest.point(), &entry);
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.flush();
+        }
+    }
+}

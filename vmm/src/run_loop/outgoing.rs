@@ -1,0 +1,116 @@
+//! What leaves a guest, and the way it takes.
+
+use virtio_devices::{BlockOp, BlockRequest};
+
+use crate::machine::MachineEffect;
+
+/// The back halves as the run loop and the output gate see them. No call blocks on host I/O.
+pub trait Outlet: Send + Sync {
+    /// Begins to do host I/O. Before, requests wait and nothing is received: a backup's back halves are
+    /// open but not started.
+    fn start(&self);
+    /// Starts a disk request; its completion arrives as an event.
+    fn block(&self, device: u8, request: BlockRequest);
+    /// Sends frames.
+    fn frames(&self, device: u8, frames: Vec<Vec<u8>>);
+    /// Writes to a virtio console.
+    fn console(&self, device: u8, bytes: Vec<u8>);
+    /// Writes to the serial port.
+    fn serial(&self, bytes: Vec<u8>);
+    /// Asks for random bytes; they arrive as an event.
+    fn entropy(&self, device: u8, len: u32);
+    /// Tells the network where the guest's addresses are now.
+    fn announce(&self);
+}
+
+/// An output: something the world can see, and from which a backup that takes over must not differ.
+#[derive(Debug)]
+pub enum Outgoing {
+    /// A request that changes a disk, or that a later request may rely on (flush).
+    Block {
+        /// Device index.
+        device: u8,
+        /// The request.
+        request: BlockRequest,
+    },
+    /// Frames of one notification.
+    Frames {
+        /// Device index.
+        device: u8,
+        /// Ethernet frames.
+        frames: Vec<Vec<u8>>,
+    },
+    /// Bytes of a virtio console.
+    Console {
+        /// Device index.
+        device: u8,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// Bytes of the serial port.
+    Serial(Vec<u8>),
+}
+
+impl Outgoing {
+    /// Bytes it holds in memory, payload only.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Block { request, .. } => match &request.op {
+                BlockOp::Write { data, .. } => data.len(),
+                _ => 0,
+            },
+            Self::Frames { frames, .. } => frames.iter().map(Vec::len).sum(),
+            Self::Console { bytes, .. } | Self::Serial(bytes) => bytes.len(),
+        }
+    }
+
+    /// Lets it leave.
+    pub fn release(self, outlet: &dyn Outlet) {
+        match self {
+            Self::Block { device, request } => outlet.block(device, request),
+            Self::Frames { device, frames } => outlet.frames(device, frames),
+            Self::Console { device, bytes } => outlet.console(device, bytes),
+            Self::Serial(bytes) => outlet.serial(bytes),
+        }
+    }
+}
+
+/// An effect of the devices, by what must happen to it.
+pub enum Routed {
+    /// Must obey the output rule.
+    Output(Outgoing),
+    /// Changes nothing outside: only asks for an input.
+    Block(u8, BlockRequest),
+    /// Asks for entropy.
+    Entropy(u8, u32),
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+}
+
+/// Classifies an effect. Disk reads pass at once: the front half holds them back behind writes they
+/// overlap with.
+#[must_use]
+pub fn route(effect: MachineEffect) -> Routed {
+    match effect {
+        MachineEffect::Block { device, request } => match request.op {
+            BlockOp::Read { .. } => Routed::Block(device, request),
+            BlockOp::Write { .. }
+            | BlockOp::Flush
+            | BlockOp::Discard { .. }
+            | BlockOp::WriteZeroes { .. } => Routed::Output(Outgoing::Block { device, request }),
+        },
+        MachineEffect::Frames { device, frames } => {
+            Routed::Output(Outgoing::Frames { device, frames })
+        }
+        MachineEffect::Console { device, bytes } => {
+            Routed::Output(Outgoing::Console { device, bytes })
+        }
+        MachineEffect::Serial { bytes } => Routed::Output(Outgoing::Serial(bytes)),
+        MachineEffect::EntropyWanted { device, len } => Routed::Entropy(device, len),
+        MachineEffect::PowerOff => Routed::PowerOff,
+        MachineEffect::Reset => Routed::Reset,
+    }
+}

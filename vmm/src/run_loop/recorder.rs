@@ -1,0 +1,188 @@
+//! The writing end of the log: turns what happens to the guest into records, on the vCPU thread.
+//!
+//! Records and outputs are collected and handed to the ft thread in one piece at each flush, so that the
+//! run loop takes no lock and the ft thread is woken once. The ft thread answers through a few atomics
+//! ([`LinkState`]).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use ft::{Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::outgoing::Outgoing;
+
+/// Slices of time that lag control takes from the guest are multiples of the quantum.
+const QUANTUM_US: u64 = 1_000;
+/// No throttle pause is longer than this, so that commands are never kept waiting.
+const MAX_PAUSE_US: u64 = 20_000;
+
+/// A flush comes by itself at this size, so that with the largest record it still fits a message.
+const FLUSH_BYTES: usize = 1 << 20;
+
+/// What the vCPU thread hands to the ft thread, in order.
+pub enum FromVcpu {
+    /// Log bytes and the outputs made since the last flush.
+    Flush(Flush),
+    /// The vCPU stands still behind the hand-over record, with which the log ends here.
+    HandedOver {
+        /// End of the log.
+        end: LogPosition,
+    },
+}
+
+/// One flush.
+pub struct Flush {
+    /// Encoded records, whole.
+    pub bytes: Vec<u8>,
+    /// Position behind the last of `bytes`.
+    pub end: LogPosition,
+    /// Execution point of the last record.
+    pub point: ExecutionPoint,
+    /// Outputs with the position that must be acknowledged before each may leave.
+    pub outputs: Vec<HeldOutput>,
+}
+
+/// An output on its way to the gate.
+pub struct HeldOutput {
+    /// Its number, the same on both sides.
+    pub number: OutputNumber,
+    /// The position to be acknowledged.
+    pub position: LogPosition,
+    /// What is to leave.
+    pub outgoing: Outgoing,
+}
+
+/// What the ft thread tells the vCPU thread.
+#[derive(Debug, Default)]
+pub struct LinkState {
+    released: AtomicU64,
+    throttle_permille: AtomicU32,
+    stalled: AtomicBool,
+}
+
+impl LinkState {
+    /// Outputs through `number` have left.
+    pub fn release(&self, number: OutputNumber) {
+        self.released.store(number.0, Ordering::Release);
+    }
+
+    /// The part of its time that the guest must give away, 0 to 1.
+    pub fn set_throttle(&self, fraction: f64) {
+        self.throttle_permille.store((fraction.clamp(0.0, 0.95) * 1000.0) as u32, Ordering::Release);
+    }
+
+    /// Stops the guest because the log buffers are full, or lets it go on; after the latter the vCPU
+    /// thread must be woken.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.stalled.store(stalled, Ordering::Release);
+    }
+}
+
+/// See the module's documentation.
+pub struct Recorder {
+    encoder: Encoder,
+    bytes: Vec<u8>,
+    outputs: Vec<HeldOutput>,
+    next_output: OutputNumber,
+    last_released: OutputNumber,
+    sink: Sender<FromVcpu>,
+    waker: Arc<EventFd>,
+    link: Arc<LinkState>,
+}
+
+impl Recorder {
+    /// Starts a log at position zero and the point `start`. Everything goes to `sink`, and `waker` is
+    /// written each time.
+    #[must_use]
+    pub fn new(
+        start: ExecutionPoint,
+        sink: Sender<FromVcpu>,
+        waker: Arc<EventFd>,
+        link: Arc<LinkState>,
+    ) -> Self {
+        Self {
+            encoder: Encoder::new(start),
+            bytes: Vec::new(),
+            outputs: Vec::new(),
+            next_output: OutputNumber(1),
+            last_released: OutputNumber(0),
+            sink,
+            waker,
+            link,
+        }
+    }
+
+    /// Appends a record.
+    pub fn record(&mut self, point: ExecutionPoint, entry: &Entry) {
+        if matches!(entry, Entry::Mark) && self.encoder.point() == point {
+            return; // the backup can come here already
+        }
+        self.encoder
+            .append(point, entry, &mut self.bytes)
+            .expect("points never decrease and devices bound their events");
+        if self.bytes.len() > FLUSH_BYTES {
+            self.flush();
+        }
+    }
+
+    /// Appends a record for an output and holds the output until the next flush.
+    pub fn output(&mut self, point: ExecutionPoint, outgoing: Outgoing) {
+        let number = self.next_output;
+        self.next_output = OutputNumber(number.0 + 1);
+        self.record(point, &Entry::Output { number });
+        self.outputs.push(HeldOutput { number, position: self.encoder.position(), outgoing });
+    }
+
+    /// Tells the backup which outputs it no longer needs to keep.
+    pub fn record_released(&mut self, point: ExecutionPoint) {
+        let through = OutputNumber(self.link.released.load(Ordering::Acquire));
+        if through > self.last_released {
+            self.last_released = through;
+            self.record(point, &Entry::Released { through });
+        }
+    }
+
+    /// Hands everything collected to the ft thread.
+    pub fn flush(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes.is_empty() {
+            return;
+        }
+        let outputs = std::mem::take(&mut self.outputs);
+        let (end, point) = (self.encoder.position(), self.encoder.point());
+        self.send(FromVcpu::Flush(Flush { bytes, end, point, outputs }));
+    }
+
+    /// The last record has been written: the guest goes on elsewhere.
+    pub fn hand_over(&mut self) {
+        self.flush();
+        self.send(FromVcpu::HandedOver { end: self.encoder.position() });
+    }
+
+    /// Whether the guest must wait for room in the log.
+    #[must_use]
+    pub fn stalled(&self) -> bool {
+        self.link.stalled.load(Ordering::Acquire)
+    }
+
+    /// How long the guest must rest after this quantum so that the backup can keep up.
+    #[must_use]
+    pub fn throttle_pause(&self) -> Option<Duration> {
+        let permille = u64::from(self.link.throttle_permille.load(Ordering::Acquire));
+        if permille == 0 {
+            return None;
+        }
+        let pause_us = QUANTUM_US * permille / (1000 - permille);
+        Some(Duration::from_micros(pause_us.min(MAX_PAUSE_US)))
+    }
+
+    fn send(&self, message: FromVcpu) {
+        // If the ft thread has gone the pair has ended; the command that says so is in the inbox.
+        if self.sink.send(message).is_ok() {
+            let _ = self.waker.write(1);
+        }
+    }
+}

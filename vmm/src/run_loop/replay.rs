@@ -1,0 +1,216 @@
+//! The driver of a backup: takes every event from the log, at the point where the primary applied it.
+//!
+//! What must hold: the guest never runs past the point of the last record received, so that whatever the
+//! primary recorded next can still be applied at its place. Its outputs are kept until the log says that
+//! the primary has released them. A guest that cannot follow the log has diverged; that is an error, it is
+//! reported, and such a guest never goes live.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use ft::{
+    Control, Decoder, Entry, Event, ExecutionPoint, KeptOutputs, LogPosition, OutputNumber, Record, Unequal,
+};
+use hypervisor::{Anchor, Exit};
+
+use super::live::Live;
+use super::outgoing::{Outgoing, Outlet, Routed, route};
+use crate::guest::{Guest, GuestError};
+
+/// What a replaying guest reports as it goes. Called on the vCPU thread.
+pub trait ReplayObserver: Send {
+    /// Every record before `position` has been applied; the guest stands at `point`.
+    fn executed(&mut self, position: LogPosition, point: ExecutionPoint);
+    /// Every record received so far has been applied.
+    fn log_empty(&mut self);
+    /// A digest was compared: `Some` is the first unequal component.
+    fn digest(&mut self, point: ExecutionPoint, unequal: Option<Unequal>);
+    /// The guest cannot follow the log.
+    fn diverged(&mut self, reason: String);
+}
+
+/// What the vCPU thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Ask again at once.
+    Again,
+    /// All received records are executed: wait for more, or go live.
+    LogEmpty,
+    /// The primary paused the guest, or let it go on.
+    Paused(bool),
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest started over.
+    Rebooted,
+    /// The guest diverged; it must not run on.
+    Diverged,
+}
+
+/// See the module's documentation.
+pub struct Replay {
+    log: Decoder,
+    /// The next record, and the position behind it.
+    next: Option<(Record, LogPosition)>,
+    kept: KeptOutputs<Outgoing>,
+    next_output: OutputNumber,
+    /// When the last piece of the log came, for the clock of the live side.
+    last_log: Instant,
+    observer: Box<dyn ReplayObserver>,
+}
+
+impl Replay {
+    /// Replays a log that starts at `start`.
+    #[must_use]
+    pub fn new(start: ExecutionPoint, observer: Box<dyn ReplayObserver>) -> Self {
+        Self {
+            log: Decoder::new(start),
+            next: None,
+            kept: KeptOutputs::default(),
+            next_output: OutputNumber(1),
+            last_log: Instant::now(),
+            observer,
+        }
+    }
+
+    /// Takes the next bytes of the log.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.last_log = Instant::now();
+        self.log.push(bytes);
+    }
+
+    /// Executes up to and including the next record.
+    pub fn advance(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        if self.next.is_none() {
+            self.next = match self.log.next_record() {
+                Ok(next) => next,
+                Err(error) => return Ok(self.diverged(error.to_string())),
+            };
+        }
+        let Some((record, _)) = &self.next else {
+            self.observer.log_empty();
+            return Ok(Next::LogEmpty);
+        };
+        let point = record.point;
+        let here = guest.point();
+        if here == point {
+            return self.apply_next(guest);
+        }
+        if here > point {
+            return Ok(self.diverged(format!(
+                "the log holds a record for point {}, but the guest stands at {}",
+                point.0, here.0
+            )));
+        }
+        let exit = guest.run(Some(point))?;
+        if exit == Exit::Kicked {
+            // Not a point the primary knows. What the devices have handed out goes with the next output.
+            return Ok(Next::Again);
+        }
+        if let Some(next) = self.drain_effects(guest)? {
+            return Ok(next);
+        }
+        match exit {
+            Exit::Until | Exit::Kicked | Exit::Stopped => Ok(Next::Again),
+            Exit::Halted if guest.point() == point => Ok(Next::Again),
+            Exit::Halted => Ok(self.diverged(format!(
+                "the guest sleeps at point {}, the primary's ran on to {}",
+                guest.point().0,
+                point.0
+            ))),
+            Exit::Shutdown => {
+                guest.reboot()?;
+                Ok(Next::Rebooted)
+            }
+        }
+    }
+
+    /// The log has ended and been executed: what was still to come out comes out now, and the guest runs
+    /// on alone.
+    pub fn go_live(mut self, guest: &Guest, outlet: &Arc<dyn Outlet>) -> Live {
+        outlet.start();
+        outlet.announce();
+        // Disk requests are re-issued from the devices' own books, which also know the reads; what was
+        // kept here besides is frames and console bytes.
+        for (device, request) in guest.machine().outstanding() {
+            outlet.block(device, request);
+        }
+        for (device, len) in guest.machine().entropy_wanted() {
+            outlet.entropy(device, len);
+        }
+        for (_, outgoing) in self.kept.take() {
+            if !matches!(outgoing, Outgoing::Block { .. }) {
+                outgoing.release(&**outlet);
+            }
+        }
+        Live::new(guest, Arc::clone(outlet), guest.tsc(), self.last_log)
+    }
+
+    fn apply_next(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        let Some((record, position)) = self.next.take() else { return Ok(Next::LogEmpty) };
+        let mut next = Next::Again;
+        match record.entry {
+            Entry::Event(Event::Anchor { tsc, rate }) => {
+                guest.set_anchor(Anchor { point: record.point.0, tsc, rate });
+            }
+            Entry::Event(Event::Control(Control::Pause)) => next = Next::Paused(true),
+            Entry::Event(Event::Control(Control::Resume)) => next = Next::Paused(false),
+            // The ft thread acts on these; to the guest they are nothing.
+            Entry::Event(Event::Control(Control::Disable | Control::HandOver)) => {}
+            Entry::Event(event) => {
+                guest.apply(&event)?;
+                if let Some(end) = self.drain_effects(guest)? {
+                    next = end;
+                }
+            }
+            Entry::Output { number } => {
+                if number >= self.next_output {
+                    return Ok(self.diverged(format!(
+                        "the primary made output {} at point {}, this side has made {}",
+                        number.0,
+                        record.point.0,
+                        self.next_output.0 - 1
+                    )));
+                }
+            }
+            Entry::Released { through } => self.kept.released(through),
+            Entry::Digest(theirs) => {
+                let ours = guest.digest()?;
+                let unequal = theirs.first_unequal(&ours);
+                let reason = unequal.as_ref().map(|part| format!("{} differs", part.component));
+                self.observer.digest(record.point, unequal);
+                if let Some(reason) = reason {
+                    return Ok(self.diverged(reason));
+                }
+            }
+            Entry::Mark => {}
+        }
+        self.observer.executed(position, record.point);
+        Ok(next)
+    }
+
+    fn diverged(&mut self, reason: String) -> Next {
+        self.observer.diverged(reason);
+        Next::Diverged
+    }
+
+    fn drain_effects(&mut self, guest: &mut Guest) -> Result<Option<Next>, GuestError> {
+        let mut end = None;
+        for effect in std::mem::take(guest.effects()) {
+            match route(effect) {
+                Routed::Output(outgoing) => {
+                    let bytes = outgoing.size();
+                    self.kept.keep(self.next_output, bytes, outgoing);
+                    self.next_output = OutputNumber(self.next_output.0 + 1);
+                }
+                // Their answers come with the log.
+                Routed::Block(..) | Routed::Entropy(..) => {}
+                Routed::PowerOff => end = Some(Next::PoweredOff),
+                Routed::Reset => end = Some(Next::Rebooted),
+            }
+        }
+        if end == Some(Next::Rebooted) {
+            guest.reboot()?;
+        }
+        Ok(end)
+    }
+}
