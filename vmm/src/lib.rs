@@ -13,3 +13,5 @@ pub mod pair;
 pub mod pci;
 pub mod run_loop;
 pub mod snapshot;
+pub mod vm;
+pub mod vmm;

@@ -25,6 +25,9 @@ impl Backup {
             Message::CloneStart(start) if matches!(state, State::Waiting) => {
                 self.start(now, start, actions);
             }
+            Message::Payload { bytes } if matches!(state, State::Receiving) => {
+                actions.push(Action::LoadPayload { bytes });
+            }
             Message::Pages { first, bytes } if matches!(state, State::Receiving) => {
                 if bytes.is_empty() || !bytes.len().is_multiple_of(PAGE_BYTES) {
                     return self.violation(now, "sent part of a page", actions);
@@ -76,6 +79,7 @@ impl Backup {
             }
             Message::Hello(_)
             | Message::CloneStart(_)
+            | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
             | Message::State { .. }

@@ -89,6 +89,7 @@ impl Primary {
             | Message::TakenOver { .. }
             | Message::Live { .. }
             | Message::CloneStart(_)
+            | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
             | Message::State { .. }

@@ -13,8 +13,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender};
 use ft::backup::{Action, Input};
 use ft::message::{CloneStart, PAGE_BYTES};
-use ft::status::Failover;
-use ft::{Arbiter, Backup, BackupConfig, ExecutionPoint, Generation, LogPosition, Message, Terms, Unequal};
+use ft::{Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Message, Terms, Unequal};
 use hypervisor::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -44,11 +43,11 @@ pub trait BackupHost: Send {
         replay: Replay,
     ) -> Result<InboxSender<run_loop::Message>, String>;
     /// The back halves, not started.
-    fn outlet(&self) -> Arc<dyn Outlet>;
+    fn outlet(&self) -> Option<Arc<dyn Outlet>>;
     /// The VM is protected by this side.
     fn protected(&mut self);
-    /// The VM runs here now.
-    fn live(&mut self, terms: &Terms, generation: Generation, failover: &Failover);
+    /// The VM runs here now; starts the back halves. `status` is what remains to be told of the pair.
+    fn live(&mut self, terms: &Terms, status: FtStatus, generation: Generation);
     /// The copy is worthless: throw the VM away.
     fn discarded(&mut self, reason: &str);
 }
@@ -81,7 +80,7 @@ impl BackupControl {
 
     /// What the operator is shown.
     #[must_use]
-    pub fn status(&self) -> ft::FtStatus {
+    pub fn status(&self) -> FtStatus {
         self.status.get()
     }
 }
@@ -322,7 +321,7 @@ impl BackupSide {
             }
             Action::Protected => self.host.protected(),
             Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
-            Action::GoLive { generation, failover } => self.go_live(generation, &failover)?,
+            Action::GoLive { generation, .. } => self.go_live(generation)?,
             Action::Discard { reason } => {
                 if let Some(inbox) = &self.inbox {
                     inbox.send(run_loop::Message::Command(Command::Halt));
@@ -395,15 +394,17 @@ impl BackupSide {
         });
     }
 
-    fn go_live(&mut self, generation: Generation, failover: &Failover) -> Result<(), String> {
+    fn go_live(&mut self, generation: Generation) -> Result<(), String> {
         let (Some(inbox), Some(terms)) = (&self.inbox, self.machine.terms().cloned()) else {
             return Err("there is no VM to go live".into());
         };
-        let outlet = self.host.outlet();
+        let outlet = self.host.outlet().ok_or("the VM is gone")?;
         let point = run_loop::ask(inbox, |done| Command::GoLive(Box::new(GoLive { outlet, done })))
             .map_err(|error| error.to_string())?;
         log::info!("live in generation {} at point {}", generation.0, point.0);
-        self.host.live(&terms, generation, failover);
+        let mut status = FtStatus::default();
+        self.machine.status(&mut status);
+        self.host.live(&terms, status, generation);
         Ok(())
     }
 

@@ -31,6 +31,8 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender};
 use ft::{Control, Event, ExecutionPoint};
 
+use crate::api::Counters;
+use crate::device_tree::DeviceTree;
 use crate::guest::{Guest, GuestError, GuestState};
 use inbox::{InboxSender, inbox};
 use live::Live;
@@ -61,6 +63,8 @@ pub enum Command {
     Resume(Reply<()>),
     /// An input that originates here: power button, reset.
     Control(Control, Reply<()>),
+    /// What `vm.info` and `vm.counters` show of the devices.
+    Look(Reply<View>),
     /// The guest less its memory. Only while paused.
     Save(Reply<GuestState>),
     /// Pages written since last asked. Execution goes on. Not while recording or replaying: dirty rounds
@@ -88,6 +92,14 @@ pub enum Command {
     Halt,
     /// End the thread.
     Quit,
+}
+
+/// The devices as an operator sees them.
+pub struct View {
+    /// Devices and the resources they hold now.
+    pub device_tree: DeviceTree,
+    /// What they have done.
+    pub counters: Counters,
 }
 
 /// The guest at the point from which primary and backup part.
@@ -396,6 +408,11 @@ impl RunLoop {
                     _ => Err(self.wrong_state("running on this side")),
                 };
                 let _ = reply.send(result);
+            }
+            Command::Look(reply) => {
+                let machine = self.guest.machine();
+                let (device_tree, counters) = (machine.device_tree(), machine.counters());
+                let _ = reply.send(Ok(View { device_tree, counters }));
             }
             Command::Save(reply) => {
                 let result = if self.paused {

@@ -6,17 +6,14 @@ use crate::machine::MachineEffect;
 
 /// The back halves as the run loop and the output gate see them. No call blocks on host I/O.
 pub trait Outlet: Send + Sync {
-    /// Begins to do host I/O. Before, requests wait and nothing is received: a backup's back halves are
-    /// open but not started.
-    fn start(&self);
     /// Starts a disk request; its completion arrives as an event.
     fn block(&self, device: u8, request: BlockRequest);
     /// Sends frames.
-    fn frames(&self, device: u8, frames: Vec<Vec<u8>>);
+    fn frames(&self, device: u8, frames: &[Vec<u8>]);
     /// Writes to a virtio console.
-    fn console(&self, device: u8, bytes: Vec<u8>);
+    fn console(&self, device: u8, bytes: &[u8]);
     /// Writes to the serial port.
-    fn serial(&self, bytes: Vec<u8>);
+    fn serial(&self, bytes: &[u8]);
     /// Asks for random bytes; they arrive as an event.
     fn entropy(&self, device: u8, len: u32);
     /// Tells the network where the guest's addresses are now.
@@ -69,9 +66,9 @@ impl Outgoing {
     pub fn release(self, outlet: &dyn Outlet) {
         match self {
             Self::Block { device, request } => outlet.block(device, request),
-            Self::Frames { device, frames } => outlet.frames(device, frames),
-            Self::Console { device, bytes } => outlet.console(device, bytes),
-            Self::Serial(bytes) => outlet.serial(bytes),
+            Self::Frames { device, frames } => outlet.frames(device, &frames),
+            Self::Console { device, bytes } => outlet.console(device, &bytes),
+            Self::Serial(bytes) => outlet.serial(&bytes),
         }
     }
 }

@@ -127,7 +127,6 @@ impl Replay {
     /// The log has ended and been executed: what was still to come out comes out now, and the guest runs
     /// on alone.
     pub fn go_live(mut self, guest: &Guest, outlet: &Arc<dyn Outlet>) -> Live {
-        outlet.start();
         outlet.announce();
         // Disk requests are re-issued from the devices' own books, which also know the reads; what was
         // kept here besides is frames and console bytes.

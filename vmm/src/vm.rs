@@ -1,0 +1,393 @@
+//! A VM of this process: its vCPU thread, its back halves, and what the control thread keeps of it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ft::Event;
+use hypervisor::{GuestMemory, Hypervisor};
+use virtio_devices::BlockRequest;
+
+use crate::api::Counters;
+use crate::backends::{BackendError, Backends, EventSink};
+use crate::boot::{LoadError, Payload};
+use crate::config::VmConfig;
+use crate::guest::{Guest, GuestError, GuestState};
+use crate::machine::{HostFacts, layout};
+use crate::run_loop::inbox::InboxSender;
+use crate::run_loop::outgoing::Outlet;
+use crate::run_loop::replay::Replay;
+use crate::run_loop::{
+    self, Command, CommandError, Mailbox, Message, Observer, VcpuThread, View,
+};
+use crate::snapshot::{self, SavedVm, SnapshotError};
+
+/// Frames that may wait for a busy vCPU thread; more are dropped, as a network does.
+const MAX_WAITING_MESSAGES: usize = 4096;
+
+/// Why a VM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// It has no kernel.
+    #[error("the configuration names no kernel")]
+    NoKernel,
+    /// Its files cannot be read.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Its back halves cannot be opened.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The guest cannot be made.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// Its memory cannot be had.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    /// It cannot be read from a snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A thread cannot be started.
+    #[error("cannot start the vCPU thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Back halves that several threads use: the vCPU thread and, for what the gate releases, the ft thread.
+pub struct BackHalves(RwLock<Backends>);
+
+impl BackHalves {
+    fn with<T>(&self, f: impl FnOnce(&Backends) -> T) -> T {
+        f(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Begins host I/O. Before, requests wait and nothing is received.
+    pub fn start(&self) -> Result<(), BackendError> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).start()
+    }
+
+    /// From now on begins no disk request.
+    pub fn halt_disks(&self) {
+        self.with(Backends::halt_disks);
+    }
+
+    /// Latencies of the disks.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.with(Backends::counters)
+    }
+}
+
+impl Outlet for BackHalves {
+    fn block(&self, device: u8, request: BlockRequest) {
+        self.with(|backends| backends.submit(device, request));
+    }
+
+    fn frames(&self, device: u8, frames: &[Vec<u8>]) {
+        self.with(|backends| backends.send(device, frames));
+    }
+
+    fn console(&self, device: u8, bytes: &[u8]) {
+        self.with(|backends| backends.console(device, bytes));
+    }
+
+    fn serial(&self, bytes: &[u8]) {
+        self.with(|backends| backends.serial(bytes));
+    }
+
+    fn entropy(&self, device: u8, len: u32) {
+        self.with(|backends| backends.entropy(device, len));
+    }
+
+    fn announce(&self) {
+        self.with(Backends::announce);
+    }
+}
+
+/// A VM that is built but does not run yet: a backup being filled, or one about to boot.
+pub struct Prepared {
+    guest: Guest,
+    mailbox: Mailbox,
+    backends: Arc<BackHalves>,
+    config: VmConfig,
+    host: HostFacts,
+    memory: GuestMemory,
+}
+
+impl Prepared {
+    /// Allocates memory, opens the back halves and builds the machine. `host` is `None` for a VM that is
+    /// switched on here and now. `config` is complete and valid.
+    pub fn new(
+        hypervisor: &dyn Hypervisor,
+        config: VmConfig,
+        host: Option<HostFacts>,
+    ) -> Result<Self, VmError> {
+        let memory = hypervisor::memory::allocate(&layout::ram_ranges(config.memory.size))?;
+        let slot: Arc<std::sync::OnceLock<InboxSender<Message>>> = Arc::default();
+        let backends = Backends::open(&config, event_sink(Arc::clone(&slot)))?;
+        let host = host.unwrap_or_else(|| HostFacts {
+            boot_wall_ns: wall_ns(),
+            disk_sectors: backends.disk_sectors(&config),
+        });
+        let guest = Guest::new(hypervisor, &config, memory.clone(), &host)?;
+        let mailbox = Mailbox::new(&guest);
+        let _ = slot.set(mailbox.sender.clone());
+        let backends = Arc::new(BackHalves(RwLock::new(backends)));
+        Ok(Self { guest, mailbox, backends, config, host, memory })
+    }
+
+    /// The memory, to be filled.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The disks as they are here; a backup's must be as large as the primary's.
+    #[must_use]
+    pub fn disk_sectors(&self) -> Vec<u64> {
+        self.backends.with(|backends| backends.disk_sectors(&self.config))
+    }
+
+    /// Boots the payload and runs.
+    pub fn boot(mut self, payload: Payload, doorbell: Box<dyn VmDoorbell>) -> Result<Vm, VmError> {
+        self.guest.set_payload(Arc::new(payload.clone()));
+        self.guest.boot()?;
+        let vm = self.live(payload, false, doorbell)?;
+        vm.backends.start()?;
+        Ok(vm)
+    }
+
+    /// Goes on from a saved state; memory has been filled. Disk requests that were under way are issued
+    /// again.
+    pub fn restore(
+        mut self,
+        payload: Payload,
+        state: &GuestState,
+        doorbell: Box<dyn VmDoorbell>,
+    ) -> Result<Vm, VmError> {
+        self.guest.set_payload(Arc::new(payload.clone()));
+        self.guest.restore(state)?;
+        for (device, request) in self.guest.machine().outstanding() {
+            self.backends.block(device, request);
+        }
+        for (device, len) in self.guest.machine().entropy_wanted() {
+            self.backends.entropy(device, len);
+        }
+        let vm = self.live(payload, true, doorbell)?;
+        vm.backends.start()?;
+        Ok(vm)
+    }
+
+    /// Replays a primary's log from `state`; memory has been filled. The back halves stay unstarted.
+    pub fn replay(
+        mut self,
+        payload: Payload,
+        state: &GuestState,
+        paused: bool,
+        replay: Replay,
+        doorbell: Box<dyn VmDoorbell>,
+    ) -> Result<Vm, VmError> {
+        self.guest.set_payload(Arc::new(payload.clone()));
+        self.guest.restore(state)?;
+        // Digests are about pages written from here on, on both sides.
+        self.guest.take_dirty_pages()?;
+        let shared = Arc::new(VmShared::new(paused, doorbell));
+        let observer = Arc::clone(&shared) as Arc<dyn Observer>;
+        let vcpu = VcpuThread::replay(self.guest, replay, paused, self.mailbox, observer)
+            .map_err(VmError::Thread)?;
+        Ok(Vm {
+            vcpu,
+            backends: self.backends,
+            config: self.config,
+            host: self.host,
+            memory: self.memory,
+            payload: Arc::new(payload),
+            shared,
+        })
+    }
+
+    fn live(
+        self,
+        payload: Payload,
+        paused: bool,
+        doorbell: Box<dyn VmDoorbell>,
+    ) -> Result<Vm, VmError> {
+        let shared = Arc::new(VmShared::new(paused, doorbell));
+        let observer = Arc::clone(&shared) as Arc<dyn Observer>;
+        let outlet = Arc::clone(&self.backends) as Arc<dyn Outlet>;
+        let vcpu = VcpuThread::live(self.guest, outlet, paused, self.mailbox, observer)
+            .map_err(VmError::Thread)?;
+        Ok(Vm {
+            vcpu,
+            backends: self.backends,
+            config: self.config,
+            host: self.host,
+            memory: self.memory,
+            payload: Arc::new(payload),
+            shared,
+        })
+    }
+}
+
+/// Told when the guest ended by itself. Called on the vCPU thread.
+pub trait VmDoorbell: Send + Sync {
+    /// The guest switched itself off.
+    fn powered_off(&self);
+    /// The VM cannot go on.
+    fn failed(&self, reason: String);
+}
+
+/// A VM that runs, is paused, or follows a primary.
+pub struct Vm {
+    // Dropped first: nothing may call the back halves' sink or outlet while they close.
+    vcpu: VcpuThread,
+    backends: Arc<BackHalves>,
+    config: VmConfig,
+    host: HostFacts,
+    memory: GuestMemory,
+    payload: Arc<Payload>,
+    shared: Arc<VmShared>,
+}
+
+impl Vm {
+    /// Boots `config`, which is complete and valid.
+    pub fn boot(
+        hypervisor: &dyn Hypervisor,
+        config: &VmConfig,
+        doorbell: Box<dyn VmDoorbell>,
+    ) -> Result<Self, VmError> {
+        let payload = read_payload(config)?;
+        Prepared::new(hypervisor, config.clone(), None)?.boot(payload, doorbell)
+    }
+
+    /// Reads a snapshot. The VM is paused.
+    pub fn from_snapshot(
+        hypervisor: &dyn Hypervisor,
+        directory: &Path,
+        doorbell: Box<dyn VmDoorbell>,
+    ) -> Result<Self, VmError> {
+        let (config, saved) = snapshot::read(directory)?;
+        let payload = read_payload(&config)?;
+        let prepared = Prepared::new(hypervisor, config, Some(saved.host))?;
+        snapshot::read_memory(directory, prepared.memory())?;
+        prepared.restore(payload, &saved.guest, doorbell)
+    }
+
+    /// Writes a snapshot; the VM must be paused.
+    pub fn snapshot(&self, directory: &Path) -> Result<(), SnapshotFailure> {
+        let state = run_loop::ask(self.inbox(), Command::Save)?;
+        let saved = SavedVm::new(self.host.clone(), state);
+        Ok(snapshot::write(directory, &self.config, &saved, &self.memory)?)
+    }
+
+    /// The way to its vCPU thread.
+    #[must_use]
+    pub fn inbox(&self) -> &InboxSender<Message> {
+        self.vcpu.inbox()
+    }
+
+    /// Its back halves.
+    #[must_use]
+    pub fn back_halves(&self) -> &Arc<BackHalves> {
+        &self.backends
+    }
+
+    /// Its configuration, complete.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// What the machine took from the host it was first started on.
+    #[must_use]
+    pub fn host(&self) -> &HostFacts {
+        &self.host
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// What it boots from.
+    #[must_use]
+    pub fn payload(&self) -> &Arc<Payload> {
+        &self.payload
+    }
+
+    /// Whether it is paused.
+    #[must_use]
+    pub fn paused(&self) -> bool {
+        self.shared.paused.load(Ordering::Acquire)
+    }
+
+    /// Its devices as they are now.
+    pub fn look(&self) -> Result<View, CommandError> {
+        run_loop::ask(self.inbox(), Command::Look)
+    }
+}
+
+/// Why a snapshot was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotFailure {
+    /// The VM did not give its state.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// It could not be written.
+    #[error(transparent)]
+    Write(#[from] SnapshotError),
+}
+
+/// What the vCPU thread tells the control thread.
+struct VmShared {
+    paused: AtomicBool,
+    doorbell: Box<dyn VmDoorbell>,
+}
+
+impl VmShared {
+    fn new(paused: bool, doorbell: Box<dyn VmDoorbell>) -> Self {
+        Self { paused: AtomicBool::new(paused), doorbell }
+    }
+}
+
+impl Observer for VmShared {
+    fn powered_off(&self) {
+        self.doorbell.powered_off();
+    }
+
+    fn rebooted(&self) {
+        log::info!("the guest was reset");
+    }
+
+    fn paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Release);
+    }
+
+    fn failed(&self, error: &GuestError) {
+        self.doorbell.failed(error.to_string());
+    }
+}
+
+/// Passes what happens outside to the vCPU thread, once there is one.
+fn event_sink(inbox: Arc<std::sync::OnceLock<InboxSender<Message>>>) -> EventSink {
+    Arc::new(move |event| {
+        let Some(inbox) = inbox.get() else { return };
+        let droppable = matches!(event, Event::Frames { .. });
+        if !droppable || inbox.len() < MAX_WAITING_MESSAGES {
+            inbox.send(Message::Event(event));
+        }
+    })
+}
+
+fn read_payload(config: &VmConfig) -> Result<Payload, VmError> {
+    let payload = config.payload.as_ref().ok_or(VmError::NoKernel)?;
+    let kernel = payload.kernel.as_deref().ok_or(VmError::NoKernel)?;
+    let cmdline = payload.cmdline.as_deref().unwrap_or_default();
+    Ok(Payload::read(kernel, payload.initramfs.as_deref(), cmdline, config.memory.size)?)
+}
+
+/// Nanoseconds since 1970.
+fn wall_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
