@@ -12,8 +12,8 @@ use hypervisor::{AccessContext, Anchor, Exit, GuestMemory, Hypervisor, Vcpu, Vcp
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::VmConfig;
 use crate::boot::{LoadError, Payload};
+use crate::config::VmConfig;
 use crate::machine::{HostFacts, Machine, MachineEffect, MachineError, MachineState, RestoreError};
 
 /// Size of a guest page in bytes.
@@ -204,7 +204,11 @@ impl Guest {
     }
 
     /// Copies one page out of memory.
-    pub fn read_page(&self, page: u64, buffer: &mut [u8; PAGE_SIZE as usize]) -> Result<(), GuestError> {
+    pub fn read_page(
+        &self,
+        page: u64,
+        buffer: &mut [u8; PAGE_SIZE as usize],
+    ) -> Result<(), GuestError> {
         self.memory()
             .read_slice(buffer, GuestAddress(page * PAGE_SIZE))
             .map_err(|_| GuestError::NoSuchPage { page })

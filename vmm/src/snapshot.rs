@@ -108,8 +108,11 @@ pub fn write(
     }
     write_json(&directory.join("config.json"), config)?;
     let path = directory.join("memory-ranges");
-    write_memory(&path, memory)
-        .map_err(|source| SnapshotError::File { action: "write", path, source })?;
+    write_memory(&path, memory).map_err(|source| SnapshotError::File {
+        action: "write",
+        path,
+        source,
+    })?;
     write_json(&state, saved)
 }
 
@@ -195,8 +198,11 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), SnapshotError>
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, SnapshotError> {
-    let bytes = fs::read(path)
-        .map_err(|source| SnapshotError::File { action: "read", path: path.to_owned(), source })?;
+    let bytes = fs::read(path).map_err(|source| SnapshotError::File {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })?;
     serde_json::from_slice(&bytes)
         .map_err(|source| SnapshotError::Format { path: path.to_owned(), source })
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ft::Event;
@@ -18,9 +18,7 @@ use crate::machine::{HostFacts, layout};
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
 use crate::run_loop::replay::Replay;
-use crate::run_loop::{
-    self, Command, CommandError, Mailbox, Message, Observer, VcpuThread, View,
-};
+use crate::run_loop::{self, Command, CommandError, Mailbox, Message, Observer, VcpuThread, View};
 use crate::snapshot::{self, SavedVm, SnapshotError};
 
 /// Frames that may wait for a busy vCPU thread; more are dropped, as a network does.
@@ -53,16 +51,16 @@ pub enum VmError {
 }
 
 /// Back halves that several threads use: the vCPU thread and, for what the gate releases, the ft thread.
-pub struct BackHalves(RwLock<Backends>);
+pub struct BackHalves(Mutex<Backends>);
 
 impl BackHalves {
     fn with<T>(&self, f: impl FnOnce(&Backends) -> T) -> T {
-        f(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        f(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Begins host I/O. Before, requests wait and nothing is received.
     pub fn start(&self) -> Result<(), BackendError> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).start()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).start()
     }
 
     /// From now on begins no disk request.
@@ -122,7 +120,7 @@ impl Prepared {
         host: Option<HostFacts>,
     ) -> Result<Self, VmError> {
         let memory = hypervisor::memory::allocate(&layout::ram_ranges(config.memory.size))?;
-        let slot: Arc<std::sync::OnceLock<InboxSender<Message>>> = Arc::default();
+        let slot: Arc<OnceLock<InboxSender<Message>>> = Arc::default();
         let backends = Backends::open(&config, event_sink(Arc::clone(&slot)))?;
         let host = host.unwrap_or_else(|| HostFacts {
             boot_wall_ns: wall_ns(),
@@ -131,7 +129,7 @@ impl Prepared {
         let guest = Guest::new(hypervisor, &config, memory.clone(), &host)?;
         let mailbox = Mailbox::new(&guest);
         let _ = slot.set(mailbox.sender.clone());
-        let backends = Arc::new(BackHalves(RwLock::new(backends)));
+        let backends = Arc::new(BackHalves(Mutex::new(backends)));
         Ok(Self { guest, mailbox, backends, config, host, memory })
     }
 
@@ -369,7 +367,7 @@ impl Observer for VmShared {
 }
 
 /// Passes what happens outside to the vCPU thread, once there is one.
-fn event_sink(inbox: Arc<std::sync::OnceLock<InboxSender<Message>>>) -> EventSink {
+fn event_sink(inbox: Arc<OnceLock<InboxSender<Message>>>) -> EventSink {
     Arc::new(move |event| {
         let Some(inbox) = inbox.get() else { return };
         let droppable = matches!(event, Event::Frames { .. });

@@ -18,8 +18,8 @@ use hypervisor::{GuestMemory, Hypervisor};
 
 use crate::api::types::{RestoreConfig, SnapshotConfig};
 use crate::api::{
-    Control, ControlError, Counters, Doorbell, FtEnableConfig, FtReceiveConfig, FtStatus, TcpUrl, VmEnd,
-    VmInfo, VmState,
+    Control, ControlError, Counters, Doorbell, FtEnableConfig, FtReceiveConfig, FtStatus, TcpUrl,
+    VmEnd, VmInfo, VmState,
 };
 use crate::boot::Payload;
 use crate::config::VmConfig;
@@ -108,7 +108,10 @@ impl Vmm {
                         std::thread::sleep(POLL);
                     }
                     if !primary.ended() {
-                        log::warn!("the end of protection is not confirmed: {}", primary.status().state);
+                        log::warn!(
+                            "the end of protection is not confirmed: {}",
+                            primary.status().state
+                        );
                     }
                 }
                 Err(reason) => log::info!("protection had ended: {reason}"),
@@ -148,7 +151,8 @@ impl Vmm {
         let arbiter_url = request.arbiter_url.to_string();
         let arbiter = ft::arbiter::open(&arbiter_url)
             .map_err(|error| ControlError::from_error(500, "The arbiter cannot be used", &error))?;
-        let timing = Timing::new(request.heartbeat_ms, request.failure_timeout_ms, request.max_lag_ms);
+        let timing =
+            Timing::new(request.heartbeat_ms, request.failure_timeout_ms, request.max_lag_ms);
         timing
             .check()
             .map_err(|error| ControlError::from_error(400, "The times do not fit", &error))?;
@@ -191,9 +195,11 @@ impl Vmm {
         arbiter: Arc<dyn ft::Arbiter>,
     ) -> Result<PrimaryParts, ControlError> {
         let state = self.lock();
-        let vm = state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
-        let config = serde_json::to_string(vm.config())
-            .map_err(|error| ControlError::from_error(500, "Cannot encode the configuration", &error))?;
+        let vm =
+            state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
+        let config = serde_json::to_string(vm.config()).map_err(|error| {
+            ControlError::from_error(500, "Cannot encode the configuration", &error)
+        })?;
         let header = CloneHeader { config, host: vm.host().clone() };
         let capabilities = Capabilities {
             cpu_model: MACHINE_MODEL.into(),
@@ -237,7 +243,10 @@ impl Control for Vmm {
 
     fn create(&mut self, config: VmConfig) -> Result<(), ControlError> {
         if self.receiver.is_some() {
-            return Err(ControlError::new(500, "This VMM waits for a primary: it gets its VM from there"));
+            return Err(ControlError::new(
+                500,
+                "This VMM waits for a primary: it gets its VM from there",
+            ));
         }
         self.lock().config = Some(config);
         Ok(())
@@ -286,7 +295,9 @@ impl Control for Vmm {
     }
 
     fn resume(&mut self) -> Result<(), ControlError> {
-        self.with_inbox("The VM could not be resumed", |inbox| run_loop::ask(inbox, Command::Resume))
+        self.with_inbox("The VM could not be resumed", |inbox| {
+            run_loop::ask(inbox, Command::Resume)
+        })
     }
 
     fn power_button(&mut self) -> Result<(), ControlError> {
@@ -327,16 +338,19 @@ impl Control for Vmm {
 
     fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ControlError> {
         let what = "The snapshot could not be written";
-        let fail = |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
+        let fail =
+            |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
         let directory = config.directory().map_err(|error| fail(&error))?;
         let state = self.lock();
-        let vm = state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
+        let vm =
+            state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
         vm.snapshot(&directory).map_err(|error| fail(&error))
     }
 
     fn restore(&mut self, config: &RestoreConfig) -> Result<(), ControlError> {
         let what = "The VM could not be restored";
-        let fail = |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
+        let fail =
+            |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
         let directory = config.directory().map_err(|error| fail(&error))?;
         let vm = Vm::from_snapshot(&*self.hypervisor, &directory, self.vm_doorbell())
             .map_err(|error| fail(&error))?;
@@ -352,7 +366,9 @@ impl Control for Vmm {
             let name = self.hypervisor.name();
             return Err(ControlError::new(
                 500,
-                format!("a backup needs a hypervisor that counts instructions exactly, and this VMM uses {name}: start dyad with --hypervisor soft"),
+                format!(
+                    "a backup needs a hypervisor that counts instructions exactly, and this VMM uses {name}: start dyad with --hypervisor soft"
+                ),
             ));
         }
         if self.receiver.as_ref().is_some_and(|receiver| !receiver.ended()) {
@@ -417,8 +433,13 @@ impl Control for Vmm {
 
     fn ft_disable(&mut self) -> Result<(), ControlError> {
         if !self.primary.as_ref().is_some_and(|primary| !primary.ended()) {
-            let backup = self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some());
-            let text = if backup { "this side is the backup: ask the primary's VMM" } else { "the VM is not protected" };
+            let backup =
+                self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some());
+            let text = if backup {
+                "this side is the backup: ask the primary's VMM"
+            } else {
+                "the VM is not protected"
+            };
             return Err(ControlError::new(500, text));
         }
         let receiver = self.receiver.take();
@@ -601,7 +622,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn connect(url: &TcpUrl) -> Result<TcpStream, ControlError> {
-    let what = format!("No backup answers at {url}: is dyad running there, and did it get ft.receive?");
+    let what =
+        format!("No backup answers at {url}: is dyad running there, and did it get ft.receive?");
     let fail = |error: std::io::Error| ControlError::from_error(500, what.clone(), &error);
     let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
     for address in (url.host.as_str(), url.port).to_socket_addrs().map_err(fail)? {

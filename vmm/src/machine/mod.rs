@@ -13,7 +13,6 @@ pub mod layout;
 mod state;
 mod tree;
 
-
 use ft::{Control, Event};
 use hypervisor::{AccessContext, GuestMemory, LongModeEntry, Msi};
 use serde::{Deserialize, Serialize};

@@ -13,7 +13,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender};
 use ft::backup::{Action, Input};
 use ft::message::{CloneStart, PAGE_BYTES};
-use ft::{Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Message, Terms, Unequal};
+use ft::{
+    Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Message,
+    Terms, Unequal,
+};
 use hypervisor::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -347,7 +350,8 @@ impl BackupSide {
     }
 
     fn prepare(&mut self, start: &CloneStart) -> Result<(), String> {
-        let arbiter = ft::arbiter::open(&start.terms.arbiter_url).map_err(|error| error.to_string())?;
+        let arbiter =
+            ft::arbiter::open(&start.terms.arbiter_url).map_err(|error| error.to_string())?;
         self.arbiter = Some(Arc::from(arbiter));
         self.memory = Some(self.host.prepare(start)?);
         Ok(())
@@ -370,7 +374,8 @@ impl BackupSide {
     }
 
     fn load_state(&mut self, point: ExecutionPoint, bytes: &[u8]) -> Result<(), String> {
-        let damaged = |what: &str, error: postcard::Error| format!("the {what} is damaged: {error}");
+        let damaged =
+            |what: &str, error: postcard::Error| format!("the {what} is damaged: {error}");
         let payload = postcard::from_bytes(&std::mem::take(&mut self.payload))
             .map_err(|error| damaged("kernel payload", error))?;
         let state = postcard::from_bytes(bytes).map_err(|error| damaged("state", error))?;

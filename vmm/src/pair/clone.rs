@@ -172,9 +172,9 @@ impl CloneSender {
     ) -> Result<(), CloneError> {
         for run in pages.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(RUN_PAGES)) {
             let mut bytes = vec![0; run.len() * PAGE_BYTES];
-            self.memory
-                .read_slice(&mut bytes, GuestAddress(run[0] * PAGE_BYTES as u64))
-                .map_err(|error| CloneError::Failed(format!("cannot read guest memory: {error}")))?;
+            self.memory.read_slice(&mut bytes, GuestAddress(run[0] * PAGE_BYTES as u64)).map_err(
+                |error| CloneError::Failed(format!("cannot read guest memory: {error}")),
+            )?;
             self.progress.sent_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             let zero = bytes.iter().all(|&byte| byte == 0);
             pass(if zero {

@@ -6,15 +6,18 @@
 
 use std::collections::VecDeque;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
 use ft::primary::{Action, Input};
 use ft::status::{CloneStatus, Failover, FtStatus};
-use ft::{Arbiter, ExecutionPoint, Generation, LogPosition, Message, OutputGate, Primary, PrimaryConfig, Unequal};
+use ft::{
+    Arbiter, ExecutionPoint, Generation, LogPosition, Message, OutputGate, Primary, PrimaryConfig,
+    Unequal,
+};
 use hypervisor::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -201,7 +204,8 @@ impl PrimarySide {
             if self.machine.ended() && self.channel.is_none() {
                 return;
             }
-            let deadline = self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
+            let deadline =
+                self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
             let ready = wait(self.channel.as_ref(), &self.waker, deadline);
             if ready.readable {
                 self.read();
@@ -264,7 +268,8 @@ impl PrimarySide {
 
     fn take_clone_steps(&mut self) {
         while self.channel.as_ref().is_some_and(|channel| channel.queued() < CLONE_QUEUE_BYTES) {
-            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok()) else {
+            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok())
+            else {
                 return;
             };
             match step {
@@ -325,8 +330,9 @@ impl PrimarySide {
             Action::Protected => self.observer.protected(),
             Action::Release { through } => {
                 let outlet = &self.outlet;
-                let released =
-                    self.gate.release(boot_time(), through, |_, outgoing| outgoing.release(&**outlet));
+                let released = self
+                    .gate
+                    .release(boot_time(), through, |_, outgoing| outgoing.release(&**outlet));
                 if let Some(number) = released {
                     self.link.release(number);
                 }

@@ -224,9 +224,8 @@ impl VcpuThread {
             deferred: Vec::new(),
             go_live: None,
         };
-        let handle = std::thread::Builder::new()
-            .name("vcpu0".into())
-            .spawn(move || run_loop.run())?;
+        let handle =
+            std::thread::Builder::new().name("vcpu0".into()).spawn(move || run_loop.run())?;
         Ok(Self { inbox: mailbox.sender, handle: Some(handle) })
     }
 
@@ -424,7 +423,9 @@ impl RunLoop {
             }
             Command::TakeDirtyPages(reply) => {
                 let result = self.copyable().and_then(|()| {
-                    self.guest.take_dirty_pages().map_err(|error| CommandError::Guest(error.to_string()))
+                    self.guest
+                        .take_dirty_pages()
+                        .map_err(|error| CommandError::Guest(error.to_string()))
                 });
                 let _ = reply.send(result);
             }

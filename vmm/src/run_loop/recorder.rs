@@ -71,7 +71,8 @@ impl LinkState {
 
     /// The part of its time that the guest must give away, 0 to 1.
     pub fn set_throttle(&self, fraction: f64) {
-        self.throttle_permille.store((fraction.clamp(0.0, 0.95) * 1000.0) as u32, Ordering::Release);
+        self.throttle_permille
+            .store((fraction.clamp(0.0, 0.95) * 1000.0) as u32, Ordering::Release);
     }
 
     /// Stops the guest because the log buffers are full, or lets it go on; after the latter the vCPU

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ft::{
-    Control, Decoder, Entry, Event, ExecutionPoint, KeptOutputs, LogPosition, OutputNumber, Record, Unequal,
+    Control, Decoder, Entry, Event, ExecutionPoint, KeptOutputs, LogPosition, OutputNumber, Record,
+    Unequal,
 };
 use hypervisor::{Anchor, Exit};
 
