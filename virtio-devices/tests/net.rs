@@ -102,27 +102,29 @@ fn a_batch_received_raises_one_interrupt() {
 
 #[test]
 fn large_frames_spread_over_mergeable_buffers() {
-    let mut guest = Guest::start(card, MRG_RXBUF);
-    let buffers: Vec<u64> = (0..5).map(|_| guest.allocate(0x400)).collect();
-    for &buffer in &buffers[..4] {
-        guest.add(RX, &[(buffer, 0x400, true)]);
+    for features in [MRG_RXBUF, MRG_RXBUF | EVENT_IDX] {
+        let mut guest = Guest::start(card, features);
+        let buffers: Vec<u64> = (0..5).map(|_| guest.allocate(0x400)).collect();
+        for &buffer in &buffers[..4] {
+            guest.add(RX, &[(buffer, 0x400, true)]);
+        }
+        guest.kick(RX);
+        let big = frame(4 * 0x400, 9);
+        receive(&mut guest, vec![big.clone()]);
+        assert!(guest.take_used(RX).is_empty(), "twelve bytes too few: no buffer is taken");
+        guest.transplant();
+        guest.add(RX, &[(buffers[4], 0x400, true)]);
+        guest.kick(RX);
+        let used = guest.take_used(RX);
+        assert_eq!(used.iter().map(|u| u.1).collect::<Vec<_>>(), [0x400, 0x400, 0x400, 0x400, 12]);
+        let mut packet = Vec::new();
+        for (&buffer, (_, len)) in buffers.iter().zip(used) {
+            packet.extend(guest.read(buffer, len as usize));
+        }
+        assert_eq!(packet[10], 5, "number of buffers");
+        assert_eq!(packet[12..], big);
+        guest.check();
     }
-    guest.kick(RX);
-    let big = frame(4 * 0x400, 9);
-    receive(&mut guest, vec![big.clone()]);
-    assert!(guest.take_used(RX).is_empty(), "twelve bytes too few: no buffer is taken");
-    guest.transplant();
-    guest.add(RX, &[(buffers[4], 0x400, true)]);
-    guest.kick(RX);
-    let used = guest.take_used(RX);
-    assert_eq!(used.iter().map(|u| u.1).collect::<Vec<_>>(), [0x400, 0x400, 0x400, 0x400, 12]);
-    let mut packet = Vec::new();
-    for (&buffer, (_, len)) in buffers.iter().zip(used) {
-        packet.extend(guest.read(buffer, len as usize));
-    }
-    assert_eq!(packet[10], 5, "number of buffers");
-    assert_eq!(packet[12..], big);
-    guest.check();
 }
 
 #[test]

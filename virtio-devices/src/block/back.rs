@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
@@ -90,6 +90,7 @@ struct Image {
     path: PathBuf,
     file: File,
     halted: AtomicBool,
+    failures: AtomicU32,
 }
 
 impl BlockBack {
@@ -112,7 +113,8 @@ impl BlockBack {
             return Err(BlockBackError::OddSize { path, bytes });
         }
         let (sender, receiver) = mpsc::channel();
-        let image = Arc::new(Image { path, file, halted: AtomicBool::new(false) });
+        let (halted, failures) = (AtomicBool::new(false), AtomicU32::new(0));
+        let image = Arc::new(Image { path, file, halted, failures });
         let sectors = bytes / SECTOR_SIZE;
         Ok(Self { image, sectors, sender, receiver: Some(receiver), thread: None })
     }
@@ -185,8 +187,12 @@ impl Image {
         match self.perform(&request.op) {
             Ok(data) => BlockCompletion { id, status: BlockStatus::Ok, data },
             Err(error) => {
-                let path = self.path.display();
-                log::warn!("disk {path}: {} failed: {error}", describe(&request.op));
+                // A full disk fails every write; the log must not grow with each.
+                let count = self.failures.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+                if count.is_power_of_two() {
+                    let (path, what) = (self.path.display(), describe(&request.op));
+                    log::warn!("disk {path}: {what} failed ({count} failures so far): {error}");
+                }
                 BlockCompletion { id, status: BlockStatus::IoError, data: Vec::new() }
             }
         }

@@ -87,9 +87,7 @@ impl NetFront {
         {
             let needed = (HEADER_SIZE + frame.len()) as u64;
             let mergeable = self.state.features & F_MRG_RXBUF != 0;
-            let Some(chains) = take_chains(needed, mergeable, io)? else {
-                return io.queues[RECEIVE].request_notify(io.memory);
-            };
+            let Some(chains) = take_chains(needed, mergeable, io)? else { return Ok(()) };
             let len = frame.len() as u64;
             if fill_chains(&chains, frame, io)? {
                 self.state.counters.rx_frames += 1;
@@ -138,8 +136,9 @@ impl NetFront {
     }
 }
 
-/// Takes chains with room for `needed` bytes, or none: if they are not there, or if the only chain
-/// a driver without mergeable buffers offers for a frame is too small, which [`fill_chains`] sees.
+/// Takes chains with room for `needed` bytes. If the driver has not made that many available, takes none
+/// and asks it to notify when it makes more. The chains may still be too small: all of the queue
+/// together, or the one a driver without mergeable buffers offers for a frame. [`fill_chains`] sees to that.
 fn take_chains<M: GuestMemory>(
     needed: u64,
     mergeable: bool,
@@ -163,6 +162,9 @@ fn take_chains<M: GuestMemory>(
                 chains.push(chain);
             }
             None => {
+                // Before the chains go back: the next one to come is what to be told of, not the
+                // first of those that do not suffice.
+                queue.request_notify(io.memory)?;
                 queue.undo_pop(chains.len() as u16);
                 return Ok(None);
             }

@@ -58,6 +58,8 @@ pub struct VirtioPci<M: GuestMemory> {
     isr: u8,
     queues: Vec<VirtQueue>,
     bar_address: u32,
+    /// How often the driver broke a rule. For the log alone, hence not saved.
+    offences: u32,
 }
 
 /// A saved device with its transport. Equal devices have equal states.
@@ -87,6 +89,7 @@ impl<M: GuestMemory> VirtioPci<M> {
             isr: 0,
             queues,
             bar_address,
+            offences: 0,
             front,
         }
     }
@@ -301,7 +304,14 @@ impl<M: GuestMemory> VirtioPci<M> {
     fn needs_reset(&mut self, error: &DriverError, effects: &mut Effects) {
         let id = self.front.device_id();
         if self.common.set_needs_reset() {
-            log::warn!("the guest's driver of its virtio device (ID {id}) broke a rule: {error}");
+            self.offences = self.offences.saturating_add(1);
+            // A guest may do this all day; the log must not grow with it.
+            if self.offences.is_power_of_two() {
+                let times = self.offences;
+                log::warn!(
+                    "driver of the guest's virtio device {id} broke a rule ({times} so far): {error}"
+                );
+            }
             self.isr |= ISR_CONFIG;
             self.msix.signal(self.common.config_vector(), effects);
         }
