@@ -60,12 +60,12 @@ impl Console {
     /// As [`Self::wait_for`].
     pub fn run(&mut self, command: &str, patience: Duration) -> Result<String> {
         // The terminal echoes the command, so the marks are spelled differently there.
-        writeln!(self.keyboard, "echo be''gin; {command}; echo e''nd")?;
+        writeln!(self.keyboard, "echo =be''gin=; {command}; echo =e''nd=")?;
         self.keyboard.flush()?;
-        self.wait_for("begin", patience)?;
+        self.wait_for("=begin=", patience)?;
         self.wait_for("\n", patience)?;
-        let output = self.wait_for("end", patience)?;
-        Ok(output.trim_end_matches("end").replace('\r', "").trim().to_owned())
+        let output = self.wait_for("=end=", patience)?;
+        Ok(output.trim_end_matches("=end=").replace('\r', "").trim().to_owned())
     }
 
     /// Types `text` as it is.

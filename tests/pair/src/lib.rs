@@ -7,6 +7,13 @@
 pub mod console;
 pub mod disk;
 pub mod guest;
+pub mod interrupt;
+pub mod kills;
+pub mod lab;
 pub mod namespace;
 pub mod network;
+pub mod pair;
+pub mod patience;
 pub mod requirements;
+pub mod soak;
+pub mod vmm;

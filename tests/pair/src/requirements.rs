@@ -9,8 +9,6 @@ pub enum Need {
     Root,
     /// `/dev/net/tun`, for the guest's network.
     Tap,
-    /// `/dev/kvm`.
-    Kvm,
 }
 
 impl Need {
@@ -20,12 +18,10 @@ impl Need {
         let there = match self {
             Self::Root => nix::unistd::geteuid().is_root(),
             Self::Tap => opens("/dev/net/tun"),
-            Self::Kvm => opens("/dev/kvm"),
         };
         let what = match self {
             Self::Root => "root (network namespaces)",
             Self::Tap => "/dev/net/tun",
-            Self::Kvm => "/dev/kvm",
         };
         (!there).then_some(what)
     }

@@ -1,0 +1,174 @@
+//! The story `scripts/quickstart` tells: boot, protect, kill, and what the client and the disk say.
+
+use anyhow::{Context, Result, bail, ensure};
+use ledger_client::load::{Load, Options};
+use ledger_client::stats::Distribution;
+use ledger_client::verdict::Verdict;
+use pair_tests::lab::Lab;
+use pair_tests::network::{CLIENT, Side};
+use pair_tests::pair::{BOOT, Death, LOGGING_PORT, Pair};
+use pair_tests::requirements::{Need, met};
+use pair_tests::soak::watch;
+use std::time::{Duration, Instant};
+
+/// How long the pair is watched before the kill, and the survivor after it.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// Prints with the time since the start.
+struct Story(Instant);
+
+impl Story {
+    fn tell(&self, text: &str) {
+        println!("[{:6.1} s] {text}", self.0.elapsed().as_secs_f64());
+    }
+
+    /// A command as one would type it.
+    fn command(&self, side: Side, text: &str) {
+        println!("           {side}$ {text}");
+    }
+}
+
+fn main() -> Result<()> {
+    if !met("quickstart", &[Need::Root, Need::Tap]) {
+        bail!("the quick start needs what is named above");
+    }
+    let story = Story(Instant::now());
+    println!("A Linux guest survives the death of its host.\n");
+    let lab = Lab::new()?;
+    story.tell(
+        "two hosts and a client, each in a network namespace of its own; a bridge between them",
+    );
+    for (name, namespace) in [
+        ("host a", lab.network.host(Side::A)),
+        ("host b", lab.network.host(Side::B)),
+        ("client", &lab.network.switch),
+    ] {
+        println!(
+            "           look into {name}: nsenter --net={} ip addr",
+            namespace.path().display()
+        );
+    }
+    println!(
+        "           both hosts reach {} (disk and claims)",
+        lab.directory().join("shared").display()
+    );
+
+    let pair = boot(&story, lab)?;
+    let (pair, load) = protect(&story, pair)?;
+    let (pair, load) = kill(&story, pair, load)?;
+    finish(&story, pair, load)
+}
+
+fn boot(story: &Story, lab: Lab) -> Result<Pair> {
+    let options: Vec<String> = lab.boot_options("");
+    let line: Vec<String> = options.iter().map(|word| quoted(word)).collect();
+    story.tell("host a boots a stock Debian kernel:");
+    story.command(Side::A, &format!("dyad --api-socket a1.sock {}", line.join(" ")));
+    let start = Instant::now();
+    let pair = Pair::boot(lab)?;
+    let took = start.elapsed();
+    story.tell(&format!("shell prompt {:.1} s after the start", took.as_secs_f64()));
+    ensure!(took < BOOT, "the guest took longer than {BOOT:?} to its shell");
+    Ok(pair)
+}
+
+fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
+    let address = pair.lab.service()?;
+    let load = pair.lab.load(Options::new(address, "quickstart"))?;
+    story.tell(&format!(
+        "the client at {CLIENT} opens one TCP connection to {address} and keeps it"
+    ));
+    story.tell("host b waits for a VM, host a is told to protect its own:");
+    let url = format!("tcp:{}:{LOGGING_PORT}", Side::B.address());
+    let claims = pair.lab.claims();
+    story.command(Side::B, "dyad --api-socket b2.sock");
+    story
+        .command(Side::B, &format!("dyad-remote --api-socket b2.sock ft-receive listen_url={url}"));
+    story.command(
+        Side::A,
+        &format!(
+            "dyad-remote --api-socket a1.sock ft-enable backup_url={url},arbiter_url=file:{}",
+            claims.display()
+        ),
+    );
+    let protected = pair.protect()?;
+    story.tell(&format!(
+        "protected: {:.2} s to copy the running guest, which stood still for {:.1} ms of it",
+        protected.took.as_secs_f64(),
+        protected.pause.as_secs_f64() * 1e3
+    ));
+    let stretch = watch(
+        &pair,
+        WATCH,
+        || load.answered(),
+        |_, status, answered| {
+            story.tell(&format!(
+            "{answered} requests served; lag {:.1} ms, outputs held {:.1} ms (median), {} digests equal",
+            status["lag_us"]["last"].as_f64().unwrap_or_default() / 1e3,
+            status["output_delay_us"]["p50"].as_f64().unwrap_or_default() / 1e3,
+            status["digests_compared"],
+        ));
+        },
+    )?;
+    story.tell(&format!(
+        "log rate {:.2} Mbit/s at {:.0} requests/s",
+        stretch.log_mbit_per_second, stretch.answers_per_second
+    ));
+    Ok((pair, load))
+}
+
+fn kill(story: &Story, mut pair: Pair, load: Load) -> Result<(Pair, Load)> {
+    story.tell("host a dies:");
+    story.command(Side::A, &format!("kill -9 {}", pair.primary.pid()));
+    let dead = pair.kill_primary(Death::Process)?;
+    let first = load.first_answer_after(dead)?;
+    story.tell(&format!(
+        "host b answers on the same TCP connection, {:.0} ms after the kill",
+        first.duration_since(dead).as_secs_f64() * 1e3
+    ));
+    let status = pair.wait_until_alone()?;
+    ensure!(status["digests_unequal"] == 0, "the digests of the two sides differed: {status}");
+    let report = &status["last_failover"];
+    let milliseconds = |name: &str| report[name].as_f64().unwrap_or_default() / 1e3;
+    story.tell(&format!(
+        "since the last word from host a: given up after {:.1} ms, claim won {:.1}, replayed {:.1}, live {:.1}",
+        milliseconds("detected_us"),
+        milliseconds("claimed_us"),
+        milliseconds("replayed_us"),
+        milliseconds("live_us"),
+    ));
+    let served = load.answered();
+    let end = Instant::now() + WATCH;
+    while Instant::now() < end {
+        load.wait_for_answers(load.answered() + 1)?;
+    }
+    story.tell(&format!("host b served {} more requests", load.answered() - served));
+    Ok((pair, load))
+}
+
+fn finish(story: &Story, pair: Pair, load: Load) -> Result<()> {
+    let answers = load.stop()?;
+    story.tell(&format!("the client closes its connection: {} requests answered", answers.len()));
+    let times = answers.iter().map(|answer| answer.answered.duration_since(answer.sent));
+    if let Some(times) = Distribution::of(times) {
+        story.tell(&format!("answer times: {times}"));
+    }
+    story.tell("the guest is shut down by its power button:");
+    story.command(pair.side, "dyad-remote --api-socket b2.sock power-button");
+    let lab = pair.power_off()?;
+    let contents = lab.disk.ledger().context("reading the ledger off the disk")?;
+    let verdict = Verdict::of(&answers, &contents);
+    story.tell(&format!("e2fsck -f: clean; the disk's ledger has {} lines", contents.texts.len()));
+    println!("\nrequests acknowledged {:8}", verdict.acknowledged);
+    println!("requests lost         {:8}", verdict.lost);
+    println!("answered twice        {:8}", verdict.repeated);
+    println!("out of order          {:8}", verdict.out_of_order);
+    ensure!(verdict.is_clean(), "the disk does not hold what was acknowledged");
+    println!("\nVerified: every acknowledged request is on the disk, once and in order.");
+    Ok(())
+}
+
+/// `word` as a shell needs it.
+fn quoted(word: &str) -> String {
+    if word.contains(' ') { format!("'{word}'") } else { word.to_owned() }
+}

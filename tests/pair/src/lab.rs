@@ -1,0 +1,116 @@
+//! Everything a story needs around its processes: hosts, shared directory, disk, guest.
+
+use crate::disk::Disk;
+use crate::guest::{Guest, MAC, PORT, command_line};
+use crate::interrupt::remove_on_interrupt;
+use crate::network::{GUEST, Network, Side, TAP};
+use crate::vmm::Vmm;
+use anyhow::{Context, Result};
+use ledger_client::load::{Load, Options};
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Size of the guest's disk.
+const DISK_BYTES: u64 = 256 << 20;
+
+/// One lab at a time in a process: tests that share the processors with another guest measure nothing.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Two hosts with a network and a directory both reach.
+pub struct Lab {
+    /// The hosts.
+    pub network: Network,
+    /// The guest's disk, in the shared directory.
+    pub disk: Disk,
+    /// The guest.
+    pub guest: Guest,
+    directory: tempfile::TempDir,
+    started: Cell<u32>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    /// Builds the guest if needed and makes an empty disk and a fresh network.
+    ///
+    /// # Errors
+    ///
+    /// If any of it fails.
+    pub fn new() -> Result<Self> {
+        // A test that failed holding its turn has left nothing in it.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let guest = Guest::build()?;
+        let directory = tempfile::Builder::new().prefix("dyad-").tempdir()?;
+        remove_on_interrupt(directory.path())?;
+        let shared = directory.path().join("shared");
+        std::fs::create_dir_all(shared.join("claims"))?;
+        let disk = Disk::create(shared.join("disk.raw"), DISK_BYTES)?;
+        let (network, started) = (Network::new()?, Cell::new(0));
+        Ok(Self { network, disk, guest, directory, started, _turn: turn })
+    }
+
+    /// Where sockets, logs and the shared directory are. It is removed with the lab.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The arbiter's directory, in the shared one.
+    #[must_use]
+    pub fn claims(&self) -> PathBuf {
+        self.directory().join("shared/claims")
+    }
+
+    /// Options that make `dyad` boot the guest with disk, network and console.
+    #[must_use]
+    pub fn boot_options(&self, mode: &str) -> Vec<String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        [
+            ("--kernel", text(&self.guest.kernel)),
+            ("--initramfs", text(&self.guest.initramfs)),
+            ("--cmdline", command_line(mode)),
+            ("--cpus", "boot=1".to_owned()),
+            ("--memory", "size=256M".to_owned()),
+            ("--disk", format!("path={},image_type=raw", self.disk.path().display())),
+            ("--net", format!("tap={TAP},mac={MAC}")),
+            ("--serial", "tty".to_owned()),
+            ("--console", "off".to_owned()),
+            ("--hypervisor", "soft".to_owned()),
+        ]
+        .into_iter()
+        .flat_map(|(option, value)| [option.to_owned(), value])
+        .collect()
+    }
+
+    /// Starts a `dyad` on one host; without options it waits for a VM.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vmm::start`].
+    pub fn start(&self, side: Side, options: &[String]) -> Result<Vmm> {
+        let number = self.started.get() + 1;
+        self.started.set(number);
+        let name = format!("{}{number}", side.letter());
+        let vmm = Vmm::start(self.network.host(side), self.directory(), &name, options);
+        vmm.with_context(|| format!("starting dyad on {side}"))
+    }
+
+    /// Where the guest's service is.
+    ///
+    /// # Errors
+    ///
+    /// None in practice: the address is a constant.
+    pub fn service(&self) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(GUEST.parse()?, PORT))
+    }
+
+    /// Connects a load from the switch, where clients are.
+    ///
+    /// # Errors
+    ///
+    /// If the service does not answer.
+    pub fn load(&self, options: Options) -> Result<Load> {
+        Ok(self.network.switch.run(move || Load::start(&options))??)
+    }
+}

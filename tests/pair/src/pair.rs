@@ -1,0 +1,198 @@
+//! Boot, protect, kill, protect again.
+
+use crate::lab::Lab;
+use crate::network::Side;
+use crate::patience::eventually;
+use crate::vmm::Vmm;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// Time the guest may take from start to its shell.
+pub const BOOT: Duration = Duration::from_secs(30);
+/// Time any change of the pair's state may take.
+pub const CHANGE: Duration = Duration::from_secs(60);
+/// Port of the logging channel.
+pub const LOGGING_PORT: u16 = 7700;
+
+/// How a host dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// Its VMM is killed with SIGKILL; the host's kernel closes its connections.
+    Process,
+    /// Its cables are dead first, so that nobody hears the connections close.
+    Host,
+}
+
+/// What protecting took.
+#[derive(Clone, Debug)]
+pub struct Protected {
+    /// From the call until both sides say they are protected.
+    pub took: Duration,
+    /// The guest stood still this long.
+    pub pause: Duration,
+}
+
+/// A VM on one host and, when it is protected, its backup on the other.
+pub struct Pair {
+    /// Hosts, disk, guest.
+    pub lab: Lab,
+    /// The live side.
+    pub primary: Vmm,
+    /// The other side while there is one.
+    pub backup: Option<Vmm>,
+    /// Where the live side is.
+    pub side: Side,
+}
+
+impl Pair {
+    /// Boots the guest on host a until its service and its shell are there.
+    ///
+    /// # Errors
+    ///
+    /// With what the console shows, if it does not get there in [`BOOT`].
+    pub fn boot(lab: Lab) -> Result<Self> {
+        let primary = lab.start(Side::A, &lab.boot_options(""))?;
+        let mut pair = Self { lab, primary, backup: None, side: Side::A };
+        pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
+        Ok(pair)
+    }
+
+    /// Starts a fresh `dyad` on the other host and makes it the backup.
+    ///
+    /// # Errors
+    ///
+    /// If either side refuses or both are not protected within [`CHANGE`].
+    pub fn protect(&mut self) -> Result<Protected> {
+        let other = self.side.other();
+        let backup = self.lab.start(other, &[])?;
+        let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
+        backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
+        let started = Instant::now();
+        let enable = json!({
+            "backup_url": listen,
+            "arbiter_url": format!("file:{}", self.lab.claims().display()),
+        });
+        self.primary.api().put_json("ft.enable", &enable)?;
+        for (vmm, role) in [(&self.primary, "primary"), (&backup, "backup")] {
+            wait_for_status(vmm, &format!("{role}, protected"), |status| {
+                status["state"] == "protected" && status["role"] == role
+            })?;
+        }
+        let took = started.elapsed();
+        let pause = self.status()?["protect_pause_us"].as_u64().context("no protect_pause_us")?;
+        self.backup = Some(backup);
+        Ok(Protected { took, pause: Duration::from_micros(pause) })
+    }
+
+    /// Kills the primary; the backup is what this pair's primary is from now on.
+    ///
+    /// # Errors
+    ///
+    /// If there is no backup, or the primary had ended before.
+    pub fn kill_primary(&mut self, death: Death) -> Result<Instant> {
+        ensure!(self.backup.is_some(), "there is no backup to survive on");
+        if death == Death::Host {
+            self.lab.network.set_links(self.side, false)?;
+        }
+        let dead = self.primary.kill()?;
+        if death == Death::Host {
+            // Nothing of it is left that could speak.
+            self.lab.network.set_links(self.side, true)?;
+        }
+        self.change_sides()?;
+        Ok(dead)
+    }
+
+    /// The backup counts as the live side from now on; returns the other.
+    ///
+    /// # Errors
+    ///
+    /// If there is no backup.
+    pub fn change_sides(&mut self) -> Result<Vmm> {
+        let backup = self.backup.take().context("there is no backup")?;
+        self.side = self.side.other();
+        Ok(std::mem::replace(&mut self.primary, backup))
+    }
+
+    /// Kills the backup.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn kill_backup(&mut self) -> Result<Instant> {
+        self.backup.take().context("there is no backup")?.kill()
+    }
+
+    /// Waits until the live side runs alone.
+    ///
+    /// # Errors
+    ///
+    /// If it does not within [`CHANGE`].
+    pub fn wait_until_alone(&self) -> Result<Value> {
+        wait_for_status(&self.primary, "unprotected", |status| {
+            status["state"] == "unprotected" && status["role"] != "backup"
+        })
+    }
+
+    /// `ft.status` of the live side.
+    ///
+    /// # Errors
+    ///
+    /// If it does not answer.
+    pub fn status(&self) -> Result<Value> {
+        self.primary.ft_status()
+    }
+
+    /// Checks that digests have been compared and never differed, on every side there is.
+    ///
+    /// # Errors
+    ///
+    /// With the status that says otherwise.
+    pub fn digests_are_equal(&self) -> Result<u64> {
+        let mut compared = 0;
+        for vmm in std::iter::once(&self.primary).chain(&self.backup) {
+            let status = vmm.ft_status()?;
+            ensure!(status["digests_unequal"] == 0, "digests differed: {status}");
+            compared = compared.max(status["digests_compared"].as_u64().unwrap_or(0));
+        }
+        Ok(compared)
+    }
+
+    /// Presses the power button and waits until every side has ended, then checks the disk.
+    ///
+    /// # Errors
+    ///
+    /// If the guest does not go down, a side stays, or the file system has errors.
+    pub fn power_off(mut self) -> Result<Lab> {
+        self.primary.api().put("vm.power-button")?;
+        let mut sides = vec![self.primary];
+        sides.extend(self.backup.take());
+        for mut vmm in sides {
+            let status = vmm.wait(CHANGE)?;
+            ensure!(status.success(), "dyad ended with {status}: {}", vmm.log());
+        }
+        self.lab.disk.check()?;
+        Ok(self.lab)
+    }
+}
+
+/// Waits until `condition` holds for `ft.status` of `vmm`.
+///
+/// # Errors
+///
+/// With the last status and the end of the log, when [`CHANGE`] runs out or there is no answer.
+pub fn wait_for_status(vmm: &Vmm, what: &str, condition: impl Fn(&Value) -> bool) -> Result<Value> {
+    let mut last = Value::Null;
+    let found = eventually(CHANGE, what, || {
+        last = vmm.ft_status()?;
+        Ok(condition(&last).then(|| last.clone()))
+    });
+    found.with_context(|| format!("ft.status: {last}\nthe log ends with:\n{}", tail(&vmm.log())))
+}
+
+/// The last lines of a log.
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

@@ -1,0 +1,129 @@
+//! A protected guest and everything that can happen to its two sides.
+
+use anyhow::{Context, Result, ensure};
+use ledger_client::load::Options;
+use ledger_client::verdict::Verdict;
+use nix::sys::signal::Signal;
+use pair_tests::kills::{Plan, progress};
+use pair_tests::lab::Lab;
+use pair_tests::pair::{CHANGE, Death, Pair, wait_for_status};
+use pair_tests::requirements::{Need, met};
+use std::time::Instant;
+
+const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
+
+fn kills(kills: u32, death: Death) -> Result<()> {
+    let plan = Plan { kills, seed: 1, death, connections: 2 };
+    let account = plan.run(Lab::new()?, |kill| {
+        println!("kill {}: first answer after {:?}", kill.number, kill.failover);
+    })?;
+    println!("{}", account.to_json());
+    ensure!(account.verdict.acknowledged > 0);
+    Ok(())
+}
+
+#[test]
+fn three_kills_go_unnoticed() -> Result<()> {
+    if !met("three kills of the primary", &NEEDS) {
+        return Ok(());
+    }
+    kills(3, Death::Process)
+}
+
+#[test]
+fn hosts_that_die_without_a_word_go_unnoticed() -> Result<()> {
+    if !met("kills with the cables pulled", &NEEDS) {
+        return Ok(());
+    }
+    kills(2, Death::Host)
+}
+
+#[test]
+fn backup_loss_hand_over_take_over_and_disable_go_unnoticed() -> Result<()> {
+    if !met("backup loss, hand-over, take-over, disable", &NEEDS) {
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    let load = pair.lab.load(Options::new(pair.lab.service()?, "story"))?;
+    progress(&load, 20)?;
+
+    pair.protect()?;
+    progress(&load, 20)?;
+    pair.kill_backup()?;
+    pair.wait_until_alone().context("after the loss of the backup")?;
+    progress(&load, 20)?;
+
+    // Hand-over: asked of the primary.
+    pair.protect()?;
+    progress(&load, 20)?;
+    let asked = Instant::now();
+    pair.primary.api().put("ft.failover")?;
+    let mut old = pair.change_sides()?;
+    load.first_answer_after(asked)?;
+    let status = pair.wait_until_alone().context("after the hand-over")?;
+    ensure!(status["last_failover"]["cause"] == "hand-over", "{status}");
+    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
+    progress(&load, 20)?;
+
+    // Take-over: asked of the backup while the primary lives. Only one may go on.
+    pair.protect()?;
+    progress(&load, 20)?;
+    let backup = pair.backup.as_ref().context("there is a backup")?;
+    backup.api().put("ft.failover")?;
+    let mut old = pair.change_sides()?;
+    let status = pair.wait_until_alone().context("after the take-over")?;
+    ensure!(status["last_failover"]["cause"] == "take-over", "{status}");
+    progress(&load, 20)?;
+    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
+
+    // Disable: the backup is discarded and must not go live when the primary dies later.
+    pair.protect()?;
+    progress(&load, 20)?;
+    pair.primary.api().put("ft.disable")?;
+    pair.wait_until_alone().context("after disable")?;
+    progress(&load, 20)?;
+    drop(pair.backup.take());
+
+    let answers = load.stop()?;
+    let lab = pair.power_off()?;
+    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
+    ensure!(verdict.is_clean(), "{verdict:?}");
+    Ok(())
+}
+
+#[test]
+fn a_primary_that_was_only_asleep_does_not_write_over_its_successor() -> Result<()> {
+    if !met("primary stopped and continued", &NEEDS) {
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    let load = pair.lab.load(Options::new(pair.lab.service()?, "asleep"))?;
+    pair.protect()?;
+    progress(&load, 20)?;
+    pair.primary.signal(Signal::SIGSTOP)?;
+    let stopped = Instant::now();
+    let mut old = pair.change_sides()?;
+    load.first_answer_after(stopped)?;
+    progress(&load, 20)?;
+    old.signal(Signal::SIGCONT)?;
+    wait_for_status(&old, "fenced", |status| status["state"] == "fenced")?;
+    progress(&load, 100)?;
+    old.kill()?;
+    let answers = load.stop()?;
+    let lab = pair.power_off()?;
+    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
+    ensure!(verdict.is_clean(), "{verdict:?}");
+    Ok(())
+}
+
+#[test]
+fn powering_off_a_protected_guest_ends_both_sides() -> Result<()> {
+    if !met("power off while protected", &NEEDS) {
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    pair.protect()?;
+    // Ends with both processes gone and the disk unmounted cleanly, or fails.
+    pair.power_off()?;
+    Ok(())
+}
