@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use ft::Event;
 use hypervisor::{AccessContext, Anchor, Exit, Hypervisor, InterruptSink, Msi, Vcpu};
+use vmm::boot::Payload;
 use vmm::config::{ConsoleMode, VmConfig};
 use vmm::machine::{HostFacts, Machine, MachineEffect, layout};
 
@@ -77,11 +78,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let memory = hypervisor::memory::allocate(&layout::ram_ranges(MEMORY))?;
     let host = HostFacts { boot_wall_ns: 1_700_000_000_000_000_000, disk_sectors: Vec::new() };
     let mut machine = Machine::new(&config, memory.clone(), &host)?;
-    let entry = machine.load(
-        Path::new(kernel),
-        Some(Path::new(initramfs)).filter(|path| path.exists()),
-        cmdline,
-    )?;
+    let initramfs = Some(Path::new(initramfs)).filter(|path| path.exists());
+    let entry = machine.load(&Payload::read(Path::new(kernel), initramfs, cmdline, MEMORY)?)?;
     let mut vm = hypervisor::soft::SoftHypervisor.create_vm(memory)?;
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.reset(&entry)?;
