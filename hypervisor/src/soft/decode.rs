@@ -176,13 +176,11 @@ fn memory(instruction: &Instruction, op: &mut Op, block: u64) {
     let displacement = instruction.memory_displacement64();
     op.disp = displacement as i32;
     op.base = REG_NONE;
-    if base == Register::None && index == Register::None {
-        match instruction.memory_displ_size() {
-            4 => op.segment |= ADDRESS_32,
-            // MOV with a 64-bit absolute address: its handlers take it from `imm`.
-            8 => op.imm = displacement,
-            _ => {}
-        }
+    if base == Register::None && index == Register::None && instruction.memory_displ_size() == 4 {
+        op.segment |= ADDRESS_32;
+    }
+    if is_absolute_mov(instruction.code()) {
+        op.imm = displacement;
     }
     for (register, number) in [(base, &mut op.base), (index, &mut op.index)] {
         if register != Register::None {
@@ -193,4 +191,20 @@ fn memory(instruction: &Instruction, op: &mut Op, block: u64) {
         }
     }
     op.scale = instruction.memory_index_scale().trailing_zeros() as u8;
+}
+
+/// MOV between the accumulator and an address that the instruction holds whole: its handlers take it from
+/// [`Op::imm`].
+fn is_absolute_mov(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
 }
