@@ -183,7 +183,10 @@ impl Cpu {
         self.halted = false;
         // The frame may go to a page that holds decoded code, or to a device.
         let single_step = std::mem::replace(&mut self.single_step, true);
-        self.shutdown |= !self.deliver_or_escalate(Event { vector, error_code, source });
+        if !self.deliver_or_escalate(Event { vector, error_code, source }) {
+            self.shutdown = true;
+            self.attention = true;
+        }
         self.single_step = single_step;
     }
 

@@ -344,19 +344,21 @@ impl Cpu {
     /// Finds the page `rip` is in. The fetch TLB is looked at exactly when control enters another page.
     fn enter_page(&mut self) -> Result<u64, Trap> {
         let page = self.rip & PAGE_MASK;
-        let physical = self.fetch_page_physical(page)?;
+        let physical = self.fetch_page_physical(self.rip)?;
         self.fetch_page = page;
         self.fetch_physical = physical;
         Ok(physical | (self.rip & !PAGE_MASK))
     }
 
-    fn fetch_page_physical(&mut self, page: u64) -> Result<u64, Trap> {
+    /// The guest-physical address of the page that `linear`, which a fault names in CR2, is in.
+    fn fetch_page_physical(&mut self, linear: u64) -> Result<u64, Trap> {
+        let page = linear & PAGE_MASK;
         let slot = tlb::slot(self.fetch_context, page);
         let entry = self.tlb.fetch_entry(slot);
         if entry.tag == page {
             return Ok(entry.target);
         }
-        let found = self.walk(page, Access::Fetch, self.fetch_context)?;
+        let found = self.walk(linear, Access::Fetch, self.fetch_context)?;
         let physical = found.physical & PAGE_MASK;
         if self.ram.host_page(physical).is_none() {
             // No device holds code. What is nowhere reads as all ones, which is no instruction.
@@ -370,7 +372,7 @@ impl Cpu {
     fn fetch(&mut self, linear: u64, bytes: &mut [u8]) -> Result<(), Trap> {
         let page = linear & PAGE_MASK;
         self.fetch_page = NO_PAGE;
-        let physical = self.fetch_page_physical(page)?;
+        let physical = self.fetch_page_physical(linear)?;
         self.fetch_page = page;
         self.fetch_physical = physical;
         self.ram.read_bytes(physical | (linear & !PAGE_MASK), bytes);

@@ -2,6 +2,7 @@
 
 use crate::soft::cpu::{CR4_TSD, Cpu, RAX, RBX, RCX, RDX, Trap};
 use crate::soft::cpuid;
+use crate::soft::exception::INVALID_OPCODE;
 use crate::soft::irqchip::lapic::BASE_ENABLE;
 use crate::soft::op::Op;
 
@@ -69,4 +70,9 @@ pub(super) fn rdpmc(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
 /// WBINVD and INVD: no cache to write back.
 pub(super) fn wbinvd(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
     cpu.require_supervisor()
+}
+
+/// UD0, UD1 and UD2: raise #UD by purpose, so unlike unknown instructions they are not worth a log line.
+pub(super) fn ud(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    Err(cpu.raise(INVALID_OPCODE, None))
 }

@@ -14,7 +14,7 @@ mod transfer;
 use iced_x86::{Code, Instruction, OpKind};
 
 use crate::soft::cpu::{Cpu, DS, ES, FS, GS, RSP, SEGMENT_BIG, SS, Trap};
-use crate::soft::op::{Handler, Int, Op, Selected, Word, undefined};
+use crate::soft::op::{Handler, Int, Op, Selected, Word};
 
 /// The handler of an instruction of this group.
 pub fn handler(instruction: &Instruction) -> Option<Selected> {
@@ -105,7 +105,7 @@ fn inner(instruction: &Instruction) -> Option<Handler> {
         | Code::Ud0_r64_rm64
         | Code::Ud1_r16_rm16
         | Code::Ud1_r32_rm32
-        | Code::Ud1_r64_rm64 => undefined,
+        | Code::Ud1_r64_rm64 => machine::ud,
         _ => return None,
     })
 }
