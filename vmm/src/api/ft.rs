@@ -9,6 +9,7 @@ pub use ::ft::{DiskMode, FtStatus};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::types::{UrlError, file_url};
+use crate::config::{OptionString, OptionStringError};
 
 /// A TCP address as users write it: `tcp:HOST:PORT`, IPv6 addresses in brackets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +200,55 @@ impl FtEnableConfig {
     }
 }
 
+impl FtReceiveConfig {
+    /// `listen_url=tcp:HOST:PORT`
+    pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
+        let options = OptionString::parse(text, &["listen_url"], &[])?;
+        let listen_url = options.value("listen_url", "tcp:HOST:PORT")?;
+        Ok(Self { listen_url: listen_url.ok_or(OptionStringError::Missing("listen_url"))? })
+    }
+}
+
+impl FtEnableConfig {
+    /// `backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR,...`
+    pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
+        let options = OptionString::parse(
+            text,
+            &[
+                "backup_url",
+                "mode",
+                "arbiter_url",
+                "disk_mode",
+                "heartbeat_ms",
+                "failure_timeout_ms",
+                "max_lag_ms",
+                "log_buffer_bytes",
+            ],
+            &[],
+        )?;
+        let backup_url = options.value("backup_url", "tcp:HOST:PORT")?;
+        let arbiter_url = options.value("arbiter_url", "file:/DIRECTORY")?;
+        let default = Self::new(
+            backup_url.ok_or(OptionStringError::Missing("backup_url"))?,
+            arbiter_url.ok_or(OptionStringError::Missing("arbiter_url"))?,
+        );
+        let modes = [("lockstep", FtMode::Lockstep), ("checkpoint", FtMode::Checkpoint)];
+        let disk_modes = [("shared", DiskMode::Shared), ("mirrored", DiskMode::Mirrored)];
+        let ms = |key, default| {
+            options.value(key, "a number of milliseconds").map(|value| value.unwrap_or(default))
+        };
+        Ok(Self {
+            mode: options.choice("mode", &modes)?.unwrap_or(default.mode),
+            disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default.disk_mode),
+            heartbeat_ms: ms("heartbeat_ms", default.heartbeat_ms)?,
+            failure_timeout_ms: ms("failure_timeout_ms", default.failure_timeout_ms)?,
+            max_lag_ms: ms("max_lag_ms", default.max_lag_ms)?,
+            log_buffer_bytes: options.size("log_buffer_bytes")?.unwrap_or(default.log_buffer_bytes),
+            ..default
+        })
+    }
+}
+
 /// How a backup follows its primary.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -259,6 +309,23 @@ mod tests {
         assert_eq!(config, new);
         let back = serde_json::to_value(&config).unwrap();
         assert_eq!(serde_json::from_value::<FtEnableConfig>(back).unwrap(), config);
+    }
+
+    #[test]
+    fn option_strings_mean_what_the_json_means() {
+        let text = "backup_url=tcp:10.0.0.2:7700,arbiter_url=file:/shared,heartbeat_ms=10,\
+            log_buffer_bytes=1M,mode=lockstep,disk_mode=shared";
+        let expected = enable(|json| {
+            json["heartbeat_ms"] = json!(10);
+            json["log_buffer_bytes"] = json!(1 << 20);
+        });
+        assert_eq!(FtEnableConfig::from_option(text), Ok(expected.unwrap()));
+        let receive = FtReceiveConfig::from_option("listen_url=tcp:0.0.0.0:7700").unwrap();
+        assert_eq!(receive.listen_url, "tcp:0.0.0.0:7700".parse().unwrap());
+        for text in ["", "backup_url=tcp:h:1", "arbiter_url=file:/a", "backup_url=h", "mode=fast"] {
+            assert!(FtEnableConfig::from_option(text).is_err(), "{text}");
+        }
+        assert!(FtReceiveConfig::from_option("tcp:h:1").is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::is_false;
+use crate::config::{OptionString, OptionStringError, is_false};
 
 /// Answer of `vmm.ping`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,29 @@ impl RestoreConfig {
     /// The directory to read from.
     pub fn directory(&self) -> Result<PathBuf, UrlError> {
         file_url(&self.source_url)
+    }
+}
+
+impl RestoreConfig {
+    /// `source_url=file:///DIR,resume=on,...`
+    pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
+        let options = OptionString::parse(
+            text,
+            &["source_url", "prefault", "memory_restore_mode", "resume"],
+            &["net_fds", "vfio_fds", "iommufd_fd", "zone_updates"],
+        )?;
+        let modes = [("copy", MemoryRestoreMode::Copy), ("ondemand", MemoryRestoreMode::OnDemand)];
+        let source_url = options.text("source_url").map(str::to_owned);
+        Ok(Self {
+            source_url: source_url.ok_or(OptionStringError::Missing("source_url"))?,
+            prefault: options.toggle("prefault", false)?,
+            memory_restore_mode: options.choice("memory_restore_mode", &modes)?.unwrap_or_default(),
+            net_fds: None,
+            vfio_fds: None,
+            iommufd_fd: None,
+            resume: options.toggle("resume", false)?,
+            zone_updates: Vec::new(),
+        })
     }
 }
 

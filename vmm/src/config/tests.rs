@@ -168,8 +168,7 @@ fn what_cloud_hypervisor_has_parses_and_is_refused_by_name() {
         ("landlock_enable", json!(true), "landlock"),
         ("debug_console", json!({"mode": "Null"}), "debug_console"),
         ("rate_limit_groups", json!([{"id": "g", "rate_limiter_config": {}}]), "rate_limit_groups"),
-        ("serial", json!({"mode": "Pty"}), "Pty"),
-        ("console", json!({"mode": "Socket", "socket": "/s"}), "Socket"),
+        ("disks", json!([{"path": "/d", "queue_size": 256}]), "queue_size"),
         ("disks", json!([{"path": "/d", "image_type": "Qcow2"}]), "Qcow2"),
         ("disks", json!([{"vhost_user": true, "vhost_socket": "/s"}]), "vhost_user"),
         ("disks", json!([{"path": "/d", "iommu": true}]), "iommu"),
@@ -177,7 +176,7 @@ fn what_cloud_hypervisor_has_parses_and_is_refused_by_name() {
         ("disks", json!([{"path": "/d", "direct": true}]), "direct"),
         ("net", json!([{"vhost_user": true}]), "vhost_user"),
         ("net", json!([{"fds": [1]}]), "fds"),
-        ("net", json!([{"ip": "10.0.0.1", "mask": "255.0.0.0"}]), "ip"),
+        ("net", json!([{"host_mac": "2e:00:00:00:00:01"}]), "host_mac"),
         ("memory", json!({"size": 1 << 30, "hotplug_size": 4096}), "hotplug_size"),
         ("memory", json!({"size": 0, "zones": [{"id": "z", "size": 4096}]}), "zones"),
         ("memory", json!({"size": 4096, "hugepages": true}), "hugepages"),
@@ -216,9 +215,12 @@ fn wrong_values_are_refused() {
         refusal(|json| json["memory"] = json!({"size": 4097})),
         ValidationError::MemorySize { size: 4097 }
     );
-    for (key, value, field) in
-        [("disks", json!([{}]), "path"), ("serial", json!({"mode": "File"}), "file")]
-    {
+    for (key, value, field) in [
+        ("disks", json!([{}]), "path"),
+        ("serial", json!({"mode": "File"}), "file"),
+        ("console", json!({"mode": "Socket"}), "socket"),
+        ("net", json!([{"ip": "10.0.0.1"}]), "mask"),
+    ] {
         let error = refusal(|json| json[key] = value);
         assert!(
             matches!(error, ValidationError::Missing { field: named, .. } if named == field),
@@ -227,7 +229,6 @@ fn wrong_values_are_refused() {
     }
     for (key, value, field) in [
         ("disks", json!([{"path": "/d", "queue_size": 100}]), "queue_size"),
-        ("disks", json!([{"path": "/d", "queue_size": 2}]), "queue_size"),
         ("disks", json!([{"path": "/d", "num_queues": 2}]), "num_queues"),
         ("disks", json!([{"path": "/d", "serial": "123456789012345678901"}]), "serial"),
         ("disks", json!([{"path": "/d", "pci_device_id": 0}]), "pci_device_id"),
@@ -235,6 +236,8 @@ fn wrong_values_are_refused() {
         ("net", json!([{"tap": "a-name-that-is-too-long"}]), "tap"),
         ("net", json!([{"tap": "a/b"}]), "tap"),
         ("net", json!([{"num_queues": 4}]), "num_queues"),
+        ("net", json!([{"mtu": 1279}]), "mtu"),
+        ("net", json!([{"ip": "fe80::1", "mask": "255.0.0.0"}]), "ip"),
         ("net", json!([{"mac": "01:00:00:00:00:00"}]), "mac"),
     ] {
         let error = refusal(|json| json[key] = value.clone());

@@ -6,6 +6,7 @@
 //! about host memory, permissions the guest then does not use) are taken without effect.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::{
@@ -175,8 +176,9 @@ impl VmConfig {
     }
 
     fn validate_consoles(&self) -> Result<(), ValidationError> {
-        validate_console_mode("serial", self.serial.mode, &self.serial.file)?;
-        validate_console_mode("console", self.console.mode, &self.console.file)?;
+        let (serial, console) = (&self.serial, &self.console);
+        validate_console_path("serial", serial.mode, &serial.file, &serial.socket)?;
+        validate_console_path("console", console.mode, &console.file, &console.socket)?;
         if self.serial.mode == ConsoleMode::Tty && self.console.mode == ConsoleMode::Tty {
             log::warn!("serial port and console share the terminal; give one of them another mode");
         }
@@ -294,19 +296,20 @@ fn validate_platform(platform: &PlatformConfig) -> Result<(), ValidationError> {
     unsupported("SMBIOS strings, PCI segments and IOMMU settings: 'platform'")
 }
 
-fn validate_console_mode(
+fn validate_console_path(
     device: &str,
     mode: ConsoleMode,
     file: &Option<PathBuf>,
+    socket: &Option<PathBuf>,
 ) -> Result<(), ValidationError> {
-    match mode {
-        ConsoleMode::Off | ConsoleMode::Null | ConsoleMode::Tty => Ok(()),
-        ConsoleMode::File if file.is_none() => {
-            Err(ValidationError::Missing { device: device.to_owned(), field: "file" })
-        }
-        ConsoleMode::File => Ok(()),
-        ConsoleMode::Pty => unsupported(format!("a pseudo terminal as {device}: mode 'Pty'")),
-        ConsoleMode::Socket => unsupported(format!("a socket as {device}: mode 'Socket'")),
+    let (path, field) = match mode {
+        ConsoleMode::Off | ConsoleMode::Null | ConsoleMode::Tty | ConsoleMode::Pty => return Ok(()),
+        ConsoleMode::File => (file, "file"),
+        ConsoleMode::Socket => (socket, "socket"),
+    };
+    match path {
+        Some(_) => Ok(()),
+        None => Err(ValidationError::Missing { device: device.to_owned(), field }),
     }
 }
 
@@ -334,17 +337,20 @@ fn validate_pci(device: &str, pci: &PciCommon) -> Result<(), ValidationError> {
     }
 }
 
-fn validate_queue_size(device: &str, size: u16, least: u16) -> Result<(), ValidationError> {
-    // The virtio specification, section 2.7, limits a split virtqueue to 32768 entries.
-    if size >= least && size.is_power_of_two() {
+/// The front halves have virtqueues of one size each; the default of the configuration is that size.
+fn validate_queue_size(device: &str, size: u16, only: u16) -> Result<(), ValidationError> {
+    if size == only {
         return Ok(());
     }
-    Err(ValidationError::Value {
-        device: device.to_owned(),
-        field: "queue_size",
-        value: size.to_string(),
-        expected: "a power of two, from 4 to 32768",
-    })
+    if !size.is_power_of_two() {
+        return Err(ValidationError::Value {
+            device: device.to_owned(),
+            field: "queue_size",
+            value: size.to_string(),
+            expected: "a power of two",
+        });
+    }
+    unsupported(format!("a 'queue_size' other than {only} ({device})"))
 }
 
 fn validate_disk(device: &str, disk: &DiskConfig) -> Result<(), ValidationError> {
@@ -378,7 +384,7 @@ fn validate_disk(device: &str, disk: &DiskConfig) -> Result<(), ValidationError>
             expected: "1, one per vCPU",
         });
     }
-    validate_queue_size(device, disk.queue_size, 4)?;
+    validate_queue_size(device, disk.queue_size, DiskConfig::default().queue_size)?;
     match &disk.serial {
         Some(serial) if serial.len() > 20 => Err(ValidationError::Value {
             device: device.to_owned(),
@@ -398,9 +404,7 @@ fn validate_net(device: &str, net: &NetConfig) -> Result<(), ValidationError> {
             (net.vhost_user || net.vhost_socket.is_some(), "vhost-user networking: 'vhost_user'"),
             (net.fds.is_some(), "TAP descriptors: 'fds'; name the TAP with 'tap'"),
             (net.rate_limiter_config.is_some(), "rate limits: 'rate_limiter_config'"),
-            (net.ip.is_some() || net.mask.is_some(), "setting the TAP's address: 'ip', 'mask'"),
             (net.host_mac.is_some(), "setting the TAP's MAC address: 'host_mac'"),
-            (net.mtu.is_some(), "setting the MTU: 'mtu'"),
         ],
     )?;
     let value = |field, value: String, expected| {
@@ -415,10 +419,24 @@ fn validate_net(device: &str, net: &NetConfig) -> Result<(), ValidationError> {
     if net.num_queues != 2 {
         return value("num_queues", net.num_queues.to_string(), "2, one pair per vCPU");
     }
+    if net.ip.is_some() != net.mask.is_some() {
+        let field = if net.ip.is_some() { "mask" } else { "ip" };
+        return Err(ValidationError::Missing { device: device.to_owned(), field });
+    }
+    for (field, address) in [("ip", net.ip), ("mask", net.mask)] {
+        if let Some(address @ IpAddr::V6(_)) = address {
+            return value(field, address.to_string(), "an IPv4 address");
+        }
+    }
+    if let Some(mtu) = net.mtu
+        && mtu < 1280
+    {
+        return value("mtu", mtu.to_string(), "at least 1280");
+    }
     if let Some(mac) = net.mac
         && (mac.0[0] & 1 != 0 || mac.0 == [0; 6])
     {
         return value("mac", mac.to_string(), "a unicast address");
     }
-    validate_queue_size(device, net.queue_size, 4)
+    validate_queue_size(device, net.queue_size, NetConfig::default().queue_size)
 }
