@@ -1,3 +1,140 @@
 //! `dyad`: one process, one virtual machine.
+//!
+//! Options follow Cloud Hypervisor. With a kernel, the VM boots at once; without one, the process waits for its
+//! API. It ends with 0 when the guest switches itself off, on `vmm.shutdown`, SIGTERM and SIGINT, with 1
+//! when something failed, with 2 when it was called wrongly.
 
-fn main() {}
+mod options;
+mod report;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use clap::Parser;
+use hypervisor::Hypervisor;
+use hypervisor::soft::SoftHypervisor;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vmm::api::dispatch::dispatch;
+use vmm::api::route::Call;
+use vmm::api::{ApiSocket, EventLoop, Inbox, Server};
+use vmm::config::HypervisorChoice;
+use vmm::vmm::Vmm;
+
+use options::{ApiSocketOption, Options};
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if let Err(error) = options.check() {
+        error.exit();
+    }
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report::failure(
+            &format!("dyad: {error}"),
+            error.chain().skip(1).map(ToString::to_string),
+        ),
+    }
+}
+
+fn run(options: &Options) -> anyhow::Result<()> {
+    // Socket, logs and snapshots hold what the guest knows: they are for the owner only.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    start_log(options)?;
+    let first_call = first_call(options)?;
+    let (event_loop, inbox) = EventLoop::new(options.no_shutdown);
+    let mut vmm = Vmm::new(hypervisor(options.hypervisor)?, inbox.doorbell());
+    let socket = match &options.api_socket {
+        None => None,
+        Some(ApiSocketOption::Path(path)) => Some(ApiSocket::bind(path)?),
+        Some(ApiSocketOption::Descriptor(fd)) => Some(ApiSocket::from_descriptor(*fd)?),
+    };
+    // Dropped last, so that the answer to vmm.shutdown still goes out.
+    let _server = socket.map(|socket| Server::start(socket, inbox.clone())).transpose()?;
+    end_on_signals(inbox)?;
+    for call in first_call {
+        let (response, _) = dispatch(call, &mut vmm);
+        if response.status >= 300 {
+            return Err(refusal(response.body.as_deref().unwrap_or_default()));
+        }
+    }
+    Ok(event_loop.run(&mut vmm)?)
+}
+
+/// What executes the guest.
+fn hypervisor(choice: HypervisorChoice) -> anyhow::Result<Arc<dyn Hypervisor>> {
+    match choice {
+        HypervisorChoice::Kvm => {
+            bail!("the KVM backend cannot run whole guests yet: use --hypervisor soft")
+        }
+        HypervisorChoice::Auto => log::info!("the software CPU executes the guest: no KVM backend"),
+        HypervisorChoice::Soft => log::info!("the software CPU executes the guest, as asked"),
+    }
+    Ok(Arc::new(SoftHypervisor))
+}
+
+/// What the options ask for beyond waiting for the API.
+fn first_call(options: &Options) -> anyhow::Result<Vec<Call>> {
+    if let Some(text) = &options.restore {
+        let config = vmm::api::types::RestoreConfig::from_option(text)
+            .with_context(|| format!("--restore '{text}' cannot be used"))?;
+        return Ok(vec![Call::Restore(Box::new(config))]);
+    }
+    let vm = options.vm.options();
+    if vm.is_empty() {
+        return Ok(Vec::new());
+    }
+    Ok(vec![Call::Create(Box::new(vm.config()?)), Call::Boot])
+}
+
+/// An error body of the API as an error of this program.
+fn refusal(body: &str) -> anyhow::Error {
+    let chain: Vec<String> = serde_json::from_str(body).unwrap_or_default();
+    let mut causes = chain.into_iter().rev();
+    let root = anyhow!(causes.next().unwrap_or_else(|| "the VM could not be started".to_owned()));
+    causes.fold(root, |error, outer| error.context(outer))
+}
+
+fn start_log(options: &Options) -> anyhow::Result<()> {
+    let level = match options.verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        2 => log::LevelFilter::Debug,
+        _ => log::LevelFilter::Trace,
+    };
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level).parse_default_env().format_timestamp_micros();
+    if let Some(path) = &options.log_file {
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .with_context(|| format!("cannot open the log file '{}'", path.display()))?;
+        builder.target(env_logger::Target::Pipe(Box::new(file)));
+    }
+    builder.init();
+    Ok(())
+}
+
+/// Ends the process in order on the first signal and at once on the second.
+fn end_on_signals(inbox: Inbox) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    let wait = move || {
+        for (count, signal) in signals.forever().enumerate() {
+            if count > 0 {
+                log::error!("signal {signal} again: ending without stopping the VM in order");
+                signal_hook::low_level::exit(1);
+            }
+            log::info!("signal {signal}");
+            inbox.terminate();
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(wait)
+        .map(drop)
+        .map_err(|error: io::Error| anyhow!(error).context("cannot start the signal thread"))
+}

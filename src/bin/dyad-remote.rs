@@ -1,0 +1,251 @@
+//! `dyad-remote`: one call to the API of a running `dyad`, in the manner of `ch-remote`.
+//!
+//! A success with an answer prints it, one without prints nothing; both end with 0. A refusal prints the server's
+//! texts on standard error and ends with 1, wrong usage with 2.
+
+#[path = "../report.rs"]
+mod report;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use api_client::{Client, Response};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use vmm::api::types::{RestoreConfig, SnapshotConfig};
+use vmm::api::{FtEnableConfig, FtReceiveConfig};
+
+/// Control a running dyad
+#[derive(Debug, Parser)]
+#[command(name = "dyad-remote", version, max_term_width = 100)]
+struct Options {
+    /// The Unix socket dyad was started with
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask the VMM for its version
+    Ping,
+    /// End the VMM, and its VM with it
+    ShutdownVmm,
+    /// Configure a VM from JSON
+    Create {
+        /// File with the configuration; '-' is standard input
+        #[arg(default_value = "-")]
+        path: PathBuf,
+    },
+    /// Boot the configured VM
+    Boot,
+    /// Show configuration, state and devices
+    Info,
+    /// Show statistics of disks and network devices
+    Counters,
+    /// Stop the guest's execution
+    Pause,
+    /// Let the guest execute again
+    Resume,
+    /// Press the power button
+    PowerButton,
+    /// Reset the VM
+    Reboot,
+    /// Stop the VM and keep its configuration
+    Shutdown,
+    /// Stop the VM and forget it
+    Delete,
+    /// Write a paused VM into a directory
+    Snapshot {
+        /// An existing directory: file:///DIR
+        url: String,
+    },
+    /// Make a VM from a snapshot
+    Restore {
+        /// source_url=file:///DIR[,resume=on]
+        options: String,
+    },
+    /// Wait for a VM to protect
+    FtReceive {
+        /// listen_url=tcp:HOST:PORT
+        options: String,
+    },
+    /// Protect the running VM
+    ///
+    /// The other keys, with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20,
+    /// failure_timeout_ms=200, max_lag_ms=100, log_buffer_bytes=16M.
+    FtEnable {
+        /// backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR[,...]
+        options: String,
+    },
+    /// Show how the VM is protected
+    FtStatus,
+    /// Hand the VM over to the backup, or, asked of the backup, take it over
+    FtFailover,
+    /// Go on unprotected
+    FtDisable,
+}
+
+/// A request, ready to be sent.
+struct Call {
+    method: &'static str,
+    endpoint: &'static str,
+    body: Option<Vec<u8>>,
+}
+
+impl Call {
+    fn get(endpoint: &'static str) -> Self {
+        Self { method: "GET", endpoint, body: None }
+    }
+
+    fn put(endpoint: &'static str) -> Self {
+        Self { method: "PUT", endpoint, body: None }
+    }
+
+    fn put_json(endpoint: &'static str, body: &impl Serialize) -> anyhow::Result<Self> {
+        let body = serde_json::to_vec(body).context("cannot write the request as JSON")?;
+        Ok(Self { body: Some(body), ..Self::put(endpoint) })
+    }
+
+    fn new(command: &Command) -> anyhow::Result<Self> {
+        let unusable = |options: &str| format!("'{options}' cannot be used");
+        match command {
+            Command::Ping => Ok(Self::get("vmm.ping")),
+            Command::ShutdownVmm => Ok(Self::put("vmm.shutdown")),
+            // Sent unchanged: the server judges it.
+            Command::Create { path } => {
+                Ok(Self { body: Some(read(path)?), ..Self::put("vm.create") })
+            }
+            Command::Boot => Ok(Self::put("vm.boot")),
+            Command::Info => Ok(Self::get("vm.info")),
+            Command::Counters => Ok(Self::get("vm.counters")),
+            Command::Pause => Ok(Self::put("vm.pause")),
+            Command::Resume => Ok(Self::put("vm.resume")),
+            Command::PowerButton => Ok(Self::put("vm.power-button")),
+            Command::Reboot => Ok(Self::put("vm.reboot")),
+            Command::Shutdown => Ok(Self::put("vm.shutdown")),
+            Command::Delete => Ok(Self::put("vm.delete")),
+            Command::Snapshot { url } => {
+                Self::put_json("vm.snapshot", &SnapshotConfig { destination_url: url.clone() })
+            }
+            Command::Restore { options } => {
+                let config = RestoreConfig::from_option(options);
+                Self::put_json("vm.restore", &config.with_context(|| unusable(options))?)
+            }
+            Command::FtReceive { options } => {
+                let config = FtReceiveConfig::from_option(options);
+                Self::put_json("ft.receive", &config.with_context(|| unusable(options))?)
+            }
+            Command::FtEnable { options } => {
+                let config = FtEnableConfig::from_option(options);
+                Self::put_json("ft.enable", &config.with_context(|| unusable(options))?)
+            }
+            Command::FtStatus => Ok(Self::get("ft.status")),
+            Command::FtFailover => Ok(Self::put("ft.failover")),
+            Command::FtDisable => Ok(Self::put("ft.disable")),
+        }
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let result = if path == Path::new("-") {
+        io::stdin().lock().read_to_end(&mut bytes)
+    } else {
+        File::open(path).and_then(|mut file| file.read_to_end(&mut bytes))
+    };
+    result.with_context(|| format!("cannot read '{}'", path.display()))?;
+    Ok(bytes)
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match exchange(&options) {
+        Ok(response) => print(response),
+        Err(error) => report::failure(
+            "dyad-remote could not make the call",
+            error.chain().map(ToString::to_string),
+        ),
+    }
+}
+
+fn exchange(options: &Options) -> anyhow::Result<Response> {
+    let Call { method, endpoint, body } = Call::new(&options.command)?;
+    Ok(Client::new(&options.api_socket).request(method, endpoint, body.as_deref())?)
+}
+
+fn print(response: Response) -> ExitCode {
+    let status = response.status;
+    let body = response.body.clone();
+    let texts = match response.success() {
+        Ok(_) => {
+            let Some(mut body) = body else { return ExitCode::SUCCESS };
+            body.push(b'\n');
+            return match io::stdout().lock().write_all(&body) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    report::failure("dyad-remote could not print the answer", [error.to_string()])
+                }
+            };
+        }
+        Err(api_client::Error::Refused { chain, .. }) => chain,
+        Err(_) => vec!["the server's explanation cannot be read".to_owned()],
+    };
+    let head = ["The server refused the call".to_owned(), status_name(status)];
+    report::failure("dyad-remote got an error response", head.into_iter().chain(texts))
+}
+
+fn status_name(status: u16) -> String {
+    let name = match status {
+        400 => "Bad Request",
+        404 => "Not Found",
+        409 => "Conflict",
+        429 => "Too Many Requests",
+        500 => "Internal Server Error",
+        503 => "Service Unavailable",
+        _ => "unknown status",
+    };
+    format!("{status} {name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn calls_have_the_bodies_the_api_expects() {
+        let call = |arguments: &[&str]| {
+            let all = ["dyad-remote", "--api-socket", "/s"].iter().chain(arguments);
+            let call = Call::new(&Options::try_parse_from(all).unwrap().command).unwrap();
+            let body = call.body.map(|body| String::from_utf8(body).unwrap());
+            (call.method, call.endpoint, body.unwrap_or_default())
+        };
+        assert_eq!(call(&["info"]), ("GET", "vm.info", String::new()));
+        assert_eq!(call(&["shutdown-vmm"]), ("PUT", "vmm.shutdown", String::new()));
+        assert_eq!(call(&["power-button"]), ("PUT", "vm.power-button", String::new()));
+        let url = r#"{"destination_url":"file:///s"}"#.to_owned();
+        assert_eq!(call(&["snapshot", "file:///s"]), ("PUT", "vm.snapshot", url));
+        let receive = r#"{"listen_url":"tcp:0.0.0.0:7700"}"#.to_owned();
+        assert_eq!(
+            call(&["ft-receive", "listen_url=tcp:0.0.0.0:7700"]),
+            ("PUT", "ft.receive", receive)
+        );
+        let (_, endpoint, body) =
+            call(&["ft-enable", "backup_url=tcp:b:7700,arbiter_url=file:/a,heartbeat_ms=10"]);
+        assert_eq!(endpoint, "ft.enable");
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["heartbeat_ms"], 10);
+        assert_eq!(body["disk_mode"], "shared");
+    }
+}
