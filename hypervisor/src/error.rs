@@ -12,6 +12,16 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// `/dev/kvm` cannot be used.
+    #[error(
+        "cannot open /dev/kvm: load KVM's module for this processor and get access to the device, or \
+         use --hypervisor soft"
+    )]
+    OpenKvm {
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// A KVM call failed.
     #[error("{call} failed")]
     Kvm {

@@ -9,6 +9,7 @@
 //! devices are reached through [`Bus`], synchronously, on the thread that called [`Vcpu::run`].
 
 pub mod bus;
+pub mod choose;
 pub mod clock;
 pub mod error;
 pub mod kvm;
@@ -17,6 +18,7 @@ pub mod soft;
 pub mod state;
 
 pub use bus::{AccessContext, Bus, InterruptSink, Msi};
+pub use choose::{Choice, choose};
 pub use clock::Anchor;
 pub use error::Error;
 pub use memory::GuestMemory;
