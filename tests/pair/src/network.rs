@@ -149,12 +149,15 @@ mod tests {
         let network = Network::new()?;
         let listener = network.host(Side::B).run(|| TcpListener::bind("0.0.0.0:7700"))??;
         let address = std::net::SocketAddr::new(Side::B.address().parse()?, 7700);
-        let patience = std::time::Duration::from_millis(500);
-        network.host(Side::A).run(move || TcpStream::connect_timeout(&address, patience))??;
+        let connect = |patience| {
+            let patience = std::time::Duration::from_secs(patience);
+            network.host(Side::A).run(move || TcpStream::connect_timeout(&address, patience))
+        };
+        // A link just set up may lose the first packet; TCP sends it again after a second.
+        connect(10)??;
         listener.accept()?;
         network.set_links(Side::B, false)?;
-        let refused =
-            network.host(Side::A).run(move || TcpStream::connect_timeout(&address, patience))?;
+        let refused = connect(2)?;
         assert!(refused.is_err());
         Ok(())
     }
