@@ -250,6 +250,30 @@ fn a_reset_machine_is_like_a_new_one() {
     assert_eq!(guest.machine.save(), new);
 }
 
+#[test]
+fn the_state_of_a_machine_with_other_devices_is_refused() {
+    let guest = Guest::new();
+    let restored = |change: fn(&mut VmConfig)| {
+        let mut config = config();
+        change(&mut config);
+        let memory = hypervisor::memory::allocate(&layout::ram_ranges(2 << 20)).unwrap();
+        let disk_sectors = vec![2048; config.disks().len()];
+        let host = HostFacts { disk_sectors, ..facts() };
+        Machine::new(&config, memory, &host).unwrap().restore(&guest.machine.save())
+    };
+    restored(|_| ()).unwrap();
+    let no_serial = restored(|config| config.serial.mode = ConsoleMode::Off);
+    assert!(matches!(no_serial, Err(RestoreError::SerialPresence)), "{no_serial:?}");
+    let no_disk = restored(|config| config.disks = None);
+    assert!(matches!(no_disk, Err(RestoreError::Pci(_))), "{no_disk:?}");
+    // The same slots, but a disk where there was a network card.
+    let other_kind = restored(|config| {
+        config.net = None;
+        config.disks = Some(vec![DiskConfig::default(); 2]);
+    });
+    assert!(matches!(other_kind, Err(RestoreError::Pci(_))), "{other_kind:?}");
+}
+
 /// Something a guest or the world does to a machine.
 #[derive(Debug, Clone)]
 enum Act {
