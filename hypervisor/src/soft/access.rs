@@ -3,8 +3,8 @@
 //! What must hold: an access that fails has no effect. One that crosses a page end checks both pages before it touches
 //! either.
 
-use super::cpu::{Cpu, FS, GS, RSP, Trap, TrapKind};
-use super::op::{ADDRESS_32, Op, Word};
+use super::cpu::{Cpu, RSP, Trap, TrapKind};
+use super::op::{ADDRESS_32, LINEAR_32, Op, SEGMENT_NUMBER, Word};
 use super::tlb::{self, Access, HAS_CODE, NOT_DIRTY, SUPERVISOR};
 use crate::memory::{CODE, PAGE_SIZE};
 
@@ -51,17 +51,18 @@ impl Cpu {
     #[inline(never)]
     fn segmented(&self, op: &Op, address: u64) -> u64 {
         let address = if op.segment & ADDRESS_32 == 0 { address } else { address & 0xffff_ffff };
-        self.segment_base(op).wrapping_add(address)
+        self.linear(op, address)
     }
 
-    /// The base that the instruction's segment adds to its memory operand: in 64-bit mode only FS and GS have one.
+    /// The linear address of an offset in the segment of the instruction's memory operand.
     #[inline]
-    pub fn segment_base(&self, op: &Op) -> u64 {
-        match usize::from(op.segment & !ADDRESS_32).wrapping_sub(1) {
-            FS => self.segments[FS].base,
-            GS => self.segments[GS].base,
-            _ => 0,
-        }
+    pub fn linear(&self, op: &Op, offset: u64) -> u64 {
+        let number = usize::from(op.segment & SEGMENT_NUMBER);
+        let linear = match number.checked_sub(1).and_then(|number| self.segments.get(number)) {
+            Some(segment) => segment.base.wrapping_add(offset),
+            None => offset,
+        };
+        if op.segment & LINEAR_32 == 0 { linear } else { linear & 0xffff_ffff }
     }
 
     /// Loads from a linear address at the current privilege.

@@ -1,10 +1,13 @@
 //! From bytes to [`Op`]s.
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{
+    Code, CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register,
+};
 
 use super::cpu::{FS, GS, RSP};
 use super::op::{
-    self, ADDRESS_32, HIGH_BYTE, Op, REG_BLOCK, REG_NONE, REG_STEP, REG_STEP_VALUE, Selected,
+    self, ADDRESS_32, HIGH_BYTE, LINEAR_32, Op, REG_BLOCK, REG_NONE, REG_STEP, REG_STEP_VALUE,
+    Selected,
 };
 use super::ops;
 
@@ -51,6 +54,10 @@ pub(super) fn block(bytes: &[u8], rip: u64, bitness: u32, max_ops: usize) -> Dec
 }
 
 fn select(instruction: &Instruction) -> Selected {
+    if instruction.code_size() == CodeSize::Code16 {
+        // Real mode and 16-bit segments: nothing the 64-bit boot protocol leads to.
+        return Selected { run: op::undefined, ends_block: true };
+    }
     ops::integer::handler(instruction)
         .or_else(|| ops::system::handler(instruction))
         .or_else(|| ops::fp::handler(instruction))
@@ -112,7 +119,7 @@ fn op(
             | OpKind::MemorySegRSI
             | OpKind::MemorySegDI
             | OpKind::MemorySegEDI
-            | OpKind::MemorySegRDI => op.segment |= segment(instruction.memory_segment()),
+            | OpKind::MemorySegRDI => op.segment |= segment(instruction),
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => {}
             OpKind::Immediate8
             | OpKind::Immediate8_2nd
@@ -147,8 +154,12 @@ fn register_number(register: Register) -> u8 {
     }
 }
 
-/// [`Op::segment`] for a segment register: in 64-bit mode only FS and GS have a base.
-fn segment(register: Register) -> u8 {
+/// The segment's part of [`Op::segment`]: in 64-bit mode only FS and GS have a base.
+fn segment(instruction: &Instruction) -> u8 {
+    let register = instruction.memory_segment();
+    if instruction.code_size() != CodeSize::Code64 {
+        return register.number() as u8 + 1 | LINEAR_32;
+    }
     match register {
         Register::FS => FS as u8 + 1,
         Register::GS => GS as u8 + 1,
@@ -157,7 +168,7 @@ fn segment(register: Register) -> u8 {
 }
 
 fn memory(instruction: &Instruction, op: &mut Op, block: u64) {
-    op.segment |= segment(instruction.memory_segment());
+    op.segment |= segment(instruction);
     let base = instruction.memory_base();
     let index = instruction.memory_index();
     if instruction.is_ip_rel_memory_operand() {

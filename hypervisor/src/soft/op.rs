@@ -1,7 +1,5 @@
 //! Decoded instructions: what a block is made of.
 
-use iced_x86::Code;
-
 use super::cpu::{Cpu, Trap};
 
 /// Executes one instruction. An `Err` means that it had no effect and did not retire: [`Cpu::trap`] says why.
@@ -27,8 +25,8 @@ pub struct Op {
     pub index: u8,
     /// Log2 of the index's scale factor.
     pub scale: u8,
-    /// 0: 64-bit address without a segment base. Otherwise segment number + 1 in the low bits, and
-    /// [`ADDRESS_32`].
+    /// 0: 64-bit address without a segment base. Otherwise segment number + 1 ([`SEGMENT_NUMBER`]), [`ADDRESS_32`],
+    /// [`LINEAR_32`].
     pub segment: u8,
     /// Number of operand 0 if it is a register.
     pub dst: u8,
@@ -57,6 +55,10 @@ pub const REG_STEP_VALUE: u64 = 1 << 16;
 pub const HIGH_BYTE: u8 = 0x10;
 /// In [`Op::segment`]: the address is computed in 32 bits (67h prefix).
 pub const ADDRESS_32: u8 = 0x80;
+/// In [`Op::segment`]: linear addresses wrap at 4 GiB (compatibility mode).
+pub const LINEAR_32: u8 = 0x40;
+/// In [`Op::segment`]: number of the segment whose base counts, plus one.
+pub const SEGMENT_NUMBER: u8 = 0x0f;
 
 /// What an instruction group chose for an instruction.
 #[derive(Clone, Copy)]
@@ -212,9 +214,4 @@ int!(
 /// Raises #UD: stands for every instruction no group knows.
 pub fn undefined(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
     Err(cpu.ud())
-}
-
-/// Whether the code is the decoder's mark for bytes that are no instruction.
-pub fn is_invalid(code: Code) -> bool {
-    code == Code::INVALID
 }

@@ -8,7 +8,7 @@ use crate::memory::{GuestMemory, PAGE_SIZE, PageTracker};
 /// The RAM of a machine.
 pub(super) struct Ram {
     regions: Vec<Region>,
-    /// Keeps the mappings alive.
+    #[expect(dead_code, reason = "keeps the mappings alive")]
     memory: GuestMemory,
 }
 
@@ -38,10 +38,6 @@ impl Ram {
             })
             .collect();
         Ram { regions, memory }
-    }
-
-    pub(super) fn memory(&self) -> &GuestMemory {
-        &self.memory
     }
 
     #[inline]

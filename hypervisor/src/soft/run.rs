@@ -13,7 +13,7 @@ use super::cpu::{Cpu, NO_PAGE, Trap, TrapKind};
 use super::decode::{self, MAX_INSTRUCTION};
 use super::exception::{DEBUG, GENERAL_PROTECTION, INVALID_OPCODE, STACK_FAULT, Source};
 use super::flags::TF;
-use super::op::{self, Op, REG_BLOCK};
+use super::op::{self, Handler, Op, REG_BLOCK};
 use super::tlb::{self, Access};
 use crate::Exit;
 use crate::memory::PAGE_SIZE;
@@ -100,7 +100,6 @@ impl Core {
     /// Runs blocks until the stop count, a kick, or something to look at. True if it ended right after an
     /// instruction retired.
     fn blocks(&mut self) -> bool {
-        let mut first_moment = true;
         loop {
             let cpu = &mut *self.cpu;
             let link = usize::from(cpu.rip != cpu.gpr[usize::from(REG_BLOCK)]);
@@ -112,11 +111,7 @@ impl Core {
                     Err(Trap) => {
                         let (vector, error_code) = exception(cpu.trap, false);
                         self.deliver(vector, error_code, Source::Exception);
-                        first_moment = false;
-                        if self.cpu.attention || self.cpu.shutdown {
-                            return false;
-                        }
-                        continue;
+                        return false;
                     }
                 }
             };
@@ -126,7 +121,7 @@ impl Core {
                 None => match self.blocks.find(cpu, self.last, link, key) {
                     Some(number) => number,
                     None => {
-                        first_moment = self.crossing();
+                        let first_moment = self.crossing();
                         if self.done(first_moment) {
                             return first_moment;
                         }
@@ -135,7 +130,7 @@ impl Core {
                 },
             };
             self.last = number;
-            first_moment = self.block(number);
+            let first_moment = self.block(number);
             if self.done(first_moment) {
                 return first_moment;
             }
@@ -233,7 +228,7 @@ impl Core {
             cpu.rip = rip;
         }
         let (vector, error_code) = exception(cpu.trap, on_stack(&op));
-        if vector == INVALID_OPCODE && op.run as usize == op::undefined as usize {
+        if vector == INVALID_OPCODE && std::ptr::fn_addr_eq(op.run, op::undefined as Handler) {
             self.log_unknown(rip);
         }
         self.deliver(vector, error_code, Source::Exception);
@@ -279,6 +274,8 @@ impl Core {
         self.cpu.single_step = true;
         self.cpu.deliver(vector, error_code, source);
         self.cpu.single_step = false;
+        // What the outer loop decided, such as to step singly, held for the interrupted code.
+        self.cpu.attention = true;
         self.drop_written_code();
     }
 

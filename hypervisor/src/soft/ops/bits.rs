@@ -111,7 +111,7 @@ fn test_mr<O: Test, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     } else {
         offset_from_segment & 0xffff_ffff
     };
-    let address = cpu.segment_base(op).wrapping_add(offset_from_segment);
+    let address = cpu.linear(op, offset_from_segment);
     test_memory::<O, T>(cpu, address, offset)
 }
 

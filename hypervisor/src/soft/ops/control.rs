@@ -1,15 +1,17 @@
-//! Near branches: Jcc, JMP, CALL, RET, LOOP, JRCXZ.
+//! Near branches: Jcc, JMP, CALL, RET, LOOP, JRCXZ, with 64-bit targets and, in compatibility mode, 32-bit ones.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::integer::conditional;
+use super::integer::{conditional, size0, sized};
+use super::stack::{push, stack_pointer};
 use crate::soft::cpu::{Cpu, RCX, RSP, Trap};
 use crate::soft::flags::Flags;
-use crate::soft::op::{Handler, Op, REG_BLOCK, Selected};
+use crate::soft::op::{Handler, Int, Op, REG_BLOCK, Selected};
 use crate::soft::paging::is_canonical;
 
 pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
     use Mnemonic as M;
+    let size = size0(instruction);
     let handler: Handler = match instruction.mnemonic() {
         M::Jo
         | M::Jno
@@ -30,20 +32,27 @@ pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
             conditional!(instruction.condition_code() as u8 - 1, jcc)
         }
         M::Jmp => match instruction.op0_kind() {
-            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => jmp,
-            OpKind::Register => jmp_r,
-            OpKind::Memory if instruction.code() == Code::Jmp_rm64 => jmp_m,
+            OpKind::NearBranch32 | OpKind::NearBranch64 => jmp,
+            OpKind::Register => sized!(size, jmp_r),
+            OpKind::Memory if matches!(instruction.code(), Code::Jmp_rm32 | Code::Jmp_rm64) => {
+                sized!(size, jmp_m)
+            }
             _ => return None,
         },
         M::Call => match instruction.op0_kind() {
-            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => call,
-            OpKind::Register => call_r,
-            OpKind::Memory if instruction.code() == Code::Call_rm64 => call_m,
+            OpKind::NearBranch32 => call::<u32>,
+            OpKind::NearBranch64 => call::<u64>,
+            OpKind::Register => sized!(size, call_r),
+            OpKind::Memory if matches!(instruction.code(), Code::Call_rm32 | Code::Call_rm64) => {
+                sized!(size, call_m)
+            }
             _ => return None,
         },
         M::Ret => match instruction.code() {
-            Code::Retnq => ret,
-            Code::Retnq_imm16 => ret_imm,
+            Code::Retnq => ret::<u64>,
+            Code::Retnd => ret::<u32>,
+            Code::Retnq_imm16 => ret_imm::<u64>,
+            Code::Retnd_imm16 => ret_imm::<u32>,
             _ => return None,
         },
         M::Loop => counted(instruction, loop_::<u64>, loop_::<u32>),
@@ -100,88 +109,94 @@ fn jmp(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     Ok(())
 }
 
-fn jmp_r(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let target = cpu.gpr[usize::from(op.dst & 31)];
+fn jmp_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = T::get(cpu, op.dst);
     branch_to(cpu, target)
 }
 
-fn jmp_m(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let target = cpu.load::<u64>(cpu.ea(op))?;
+fn jmp_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.load::<T>(cpu.ea(op))?.extend();
     branch_to(cpu, target)
 }
 
-fn call(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.push(cpu.rip)?;
+fn call<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    push::<T>(cpu, cpu.rip)?;
     branch(cpu, op);
     Ok(())
 }
 
-fn call_to(cpu: &mut Cpu, target: u64) -> Result<(), Trap> {
+fn call_to<T: Int>(cpu: &mut Cpu, target: u64) -> Result<(), Trap> {
     if !is_canonical(target) {
         return Err(cpu.gp(0));
     }
-    cpu.push(cpu.rip)?;
+    push::<T>(cpu, cpu.rip)?;
     cpu.rip = target;
     Ok(())
 }
 
-fn call_r(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let target = cpu.gpr[usize::from(op.dst & 31)];
-    call_to(cpu, target)
+fn call_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = T::get(cpu, op.dst);
+    call_to::<T>(cpu, target)
 }
 
-fn call_m(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let target = cpu.load::<u64>(cpu.ea(op))?;
-    call_to(cpu, target)
+fn call_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = cpu.load::<T>(cpu.ea(op))?.extend();
+    call_to::<T>(cpu, target)
 }
 
-fn ret(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+#[inline(always)]
+fn return_by<T: Int>(cpu: &mut Cpu, bytes: u64) -> Result<(), Trap> {
     let rsp = cpu.gpr[RSP];
-    let target = cpu.load::<u64>(rsp)?;
+    let target = cpu.load::<T>(rsp)?.extend();
     branch_to(cpu, target)?;
-    cpu.gpr[RSP] = rsp.wrapping_add(8);
+    cpu.gpr[RSP] = stack_pointer::<T>(rsp.wrapping_add(T::BYTES as u64).wrapping_add(bytes));
     Ok(())
 }
 
-fn ret_imm(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let rsp = cpu.gpr[RSP];
-    let target = cpu.load::<u64>(rsp)?;
-    branch_to(cpu, target)?;
-    cpu.gpr[RSP] = rsp.wrapping_add(8).wrapping_add(op.imm & 0xffff);
-    Ok(())
+fn ret<T: Int>(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
+    return_by::<T>(cpu, 0)
+}
+
+fn ret_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    return_by::<T>(cpu, op.imm & 0xffff)
 }
 
 /// The instance for the size of the counter.
 fn counted(instruction: &Instruction, rcx: Handler, ecx: Handler) -> Handler {
     match instruction.code() {
-        Code::Loop_rel8_64_ECX | Code::Loope_rel8_64_ECX | Code::Loopne_rel8_64_ECX => ecx,
+        Code::Loop_rel8_64_ECX
+        | Code::Loope_rel8_64_ECX
+        | Code::Loopne_rel8_64_ECX
+        | Code::Loop_rel8_32_ECX
+        | Code::Loope_rel8_32_ECX
+        | Code::Loopne_rel8_32_ECX => ecx,
         _ => rcx,
     }
 }
 
 /// Counts RCX (or ECX) down; whether it is not zero then.
 #[inline(always)]
-fn count_down<T: crate::soft::op::Int>(cpu: &mut Cpu) -> bool {
+fn count_down<T: Int>(cpu: &mut Cpu) -> bool {
     let left = T::zero_extend(T::get(cpu, RCX as u8).wrapping_sub(1));
     T::set(cpu, RCX as u8, left);
     left != 0
 }
 
-fn loop_<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+fn loop_<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     if count_down::<T>(cpu) {
         branch(cpu, op);
     }
     Ok(())
 }
 
-fn loope<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+fn loope<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     if count_down::<T>(cpu) && cpu.flags.zf() {
         branch(cpu, op);
     }
     Ok(())
 }
 
-fn loopne<T: crate::soft::op::Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+fn loopne<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     if count_down::<T>(cpu) && !cpu.flags.zf() {
         branch(cpu, op);
     }

@@ -124,7 +124,7 @@ fn ins<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn outs<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let port = cpu.gpr[RDX] as u16;
     check(cpu, port, T::BYTES)?;
-    let from = cpu.segment_base(op).wrapping_add(masked(op, cpu.gpr[RSI]));
+    let from = cpu.linear(op, masked(op, cpu.gpr[RSI]));
     let value = cpu.load::<T>(from)?;
     write::<T>(cpu, port, value);
     advance::<T>(cpu, op, RSI);

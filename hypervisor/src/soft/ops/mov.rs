@@ -170,7 +170,7 @@ fn absolute(cpu: &Cpu, op: &Op) -> u64 {
     } else {
         u64::from(op.disp as u32)
     };
-    cpu.segment_base(op).wrapping_add(offset)
+    cpu.linear(op, offset)
 }
 
 fn movzx_r<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -249,7 +249,7 @@ fn xlat(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     if op.segment & crate::soft::op::ADDRESS_32 != 0 {
         offset &= 0xffff_ffff;
     }
-    let value = cpu.load::<u8>(cpu.segment_base(op).wrapping_add(offset))?;
+    let value = cpu.load::<u8>(cpu.linear(op, offset))?;
     u8::set(cpu, RAX as u8, u64::from(value));
     Ok(())
 }

@@ -1,74 +1,48 @@
-//! PUSH, POP, ENTER, LEAVE in 64-bit mode.
+//! PUSH, POP, ENTER, LEAVE, in 64-bit and compatibility mode (with a flat stack segment).
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::integer::inner;
+use super::integer::{inner, sized};
 use crate::soft::cpu::{Cpu, RBP, RSP, Trap};
 use crate::soft::op::{Handler, Int, Op, Selected};
 
 pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
     use Mnemonic as M;
-    // The stack moves by 8, with an operand-size prefix by 2.
-    let small = instruction.stack_pointer_increment().unsigned_abs() == 2;
+    // The stack moves by 8 (in compatibility mode by 4), with an operand-size prefix by 2.
+    let size = instruction.stack_pointer_increment().unsigned_abs();
     let kind = if instruction.op_count() > 0 { instruction.op0_kind() } else { OpKind::Register };
     let handler: Handler = match (instruction.mnemonic(), kind) {
-        (M::Push, OpKind::Register) => {
-            if small {
-                push_r::<u16>
-            } else {
-                push_r64
-            }
-        }
-        (M::Push, OpKind::Memory) => {
-            if small {
-                push_m::<u16>
-            } else {
-                push_m::<u64>
-            }
-        }
-        (M::Push, _) => {
-            if small {
-                push_i::<u16>
-            } else {
-                push_i::<u64>
-            }
-        }
-        (M::Pop, OpKind::Register) => {
-            if small {
-                pop_r::<u16>
-            } else {
-                pop_r64
-            }
-        }
-        (M::Pop, OpKind::Memory) => {
-            if small {
-                pop_m::<u16>
-            } else {
-                pop_m::<u64>
-            }
-        }
-        (M::Leave, _) => {
-            if instruction.code() == iced_x86::Code::Leavew {
-                leave::<u16>
-            } else {
-                leave::<u64>
-            }
-        }
-        (M::Enter, _) => {
-            if instruction.code() == iced_x86::Code::Enterw_imm16_imm8 {
-                enter::<u16>
-            } else {
-                enter::<u64>
-            }
-        }
+        (M::Push, OpKind::Register) if size == 8 => push_r64,
+        (M::Push, OpKind::Register) => sized!(size, push_r),
+        (M::Push, OpKind::Memory) => sized!(size, push_m),
+        (M::Push, _) => sized!(size, push_i),
+        (M::Pop, OpKind::Register) if size == 8 => pop_r64,
+        (M::Pop, OpKind::Register) => sized!(size, pop_r),
+        (M::Pop, OpKind::Memory) => sized!(size, pop_m),
+        (M::Leave, _) => match instruction.code() {
+            Code::Leavew => leave::<u16>,
+            Code::Leaved => leave::<u32>,
+            _ => leave::<u64>,
+        },
+        (M::Enter, _) => match instruction.code() {
+            Code::Enterw_imm16_imm8 => enter::<u16>,
+            Code::Enterd_imm16_imm8 => enter::<u32>,
+            _ => enter::<u64>,
+        },
         _ => return None,
     };
     inner(handler)
 }
 
+/// RSP, or with a 32-bit stack operand, which only compatibility mode has, ESP.
 #[inline(always)]
-fn push<T: Int>(cpu: &mut Cpu, value: u64) -> Result<(), Trap> {
-    let rsp = cpu.gpr[RSP].wrapping_sub(T::BYTES as u64);
+pub(super) fn stack_pointer<T: Int>(rsp: u64) -> u64 {
+    if T::BITS == 32 { rsp & 0xffff_ffff } else { rsp }
+}
+
+#[inline(always)]
+pub(super) fn push<T: Int>(cpu: &mut Cpu, value: u64) -> Result<(), Trap> {
+    let rsp = stack_pointer::<T>(cpu.gpr[RSP].wrapping_sub(T::BYTES as u64));
     cpu.store::<T>(rsp, T::truncate(value))?;
     cpu.gpr[RSP] = rsp;
     Ok(())
@@ -101,7 +75,7 @@ fn pop_r64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 
 fn pop_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let value = cpu.load::<T>(cpu.gpr[RSP])?;
-    cpu.gpr[RSP] = cpu.gpr[RSP].wrapping_add(T::BYTES as u64);
+    cpu.gpr[RSP] = stack_pointer::<T>(cpu.gpr[RSP].wrapping_add(T::BYTES as u64));
     T::set(cpu, op.dst, value.extend());
     Ok(())
 }
@@ -110,7 +84,7 @@ fn pop_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn pop_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let rsp = cpu.gpr[RSP];
     let value = cpu.load::<T>(rsp)?;
-    cpu.gpr[RSP] = rsp.wrapping_add(T::BYTES as u64);
+    cpu.gpr[RSP] = stack_pointer::<T>(rsp.wrapping_add(T::BYTES as u64));
     let stored = cpu.store::<T>(cpu.ea(op), value);
     if stored.is_err() {
         cpu.gpr[RSP] = rsp;

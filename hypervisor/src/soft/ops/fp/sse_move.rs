@@ -211,7 +211,7 @@ pub(super) fn implicit_address(cpu: &Cpu, op: &Op) -> u64 {
     let rdi = cpu.gpr[RDI];
     let offset =
         if op.segment & crate::soft::op::ADDRESS_32 == 0 { rdi } else { rdi & 0xffff_ffff };
-    cpu.segment_base(op).wrapping_add(offset)
+    cpu.linear(op, offset)
 }
 
 /// Stores the bytes of `data` whose byte of `mask` has its top bit set; all or none.
