@@ -92,11 +92,6 @@ impl Cpu {
         self.probe_write_in(self.data_context, linear, len)
     }
 
-    /// As [`Cpu::probe_write`], as the supervisor.
-    pub fn probe_write_system(&mut self, linear: u64, len: usize) -> Result<(), Trap> {
-        self.probe_write_in(SUPERVISOR, linear, len)
-    }
-
     /// Pushes 64 bits. RSP is unchanged if that fails.
     #[inline(always)]
     pub fn push(&mut self, value: u64) -> Result<(), Trap> {

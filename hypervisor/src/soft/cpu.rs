@@ -87,8 +87,6 @@ pub const CR4_PCE: u64 = 1 << 8;
 pub const CR4_OSFXSR: u64 = 1 << 9;
 /// CR4.OSXMMEXCPT.
 pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
-/// CR4.UMIP.
-pub const CR4_UMIP: u64 = 1 << 11;
 /// CR4.FSGSBASE.
 pub const CR4_FSGSBASE: u64 = 1 << 16;
 /// CR4.SMEP.

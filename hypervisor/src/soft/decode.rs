@@ -158,7 +158,7 @@ fn register_number(register: Register) -> u8 {
 fn segment(instruction: &Instruction) -> u8 {
     let register = instruction.memory_segment();
     if instruction.code_size() != CodeSize::Code64 {
-        return register.number() as u8 + 1 | LINEAR_32;
+        return (register.number() as u8 + 1) | LINEAR_32;
     }
     match register {
         Register::FS => FS as u8 + 1,

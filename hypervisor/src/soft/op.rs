@@ -148,18 +148,10 @@ macro_rules! int {
             }
             #[inline(always)]
             fn get(cpu: &Cpu, register: u8) -> u64 {
-                #[expect(
-                    clippy::redundant_closure_call,
-                    reason = "the macro's way to be given code"
-                )]
                 $get(cpu, register)
             }
             #[inline(always)]
             fn set(cpu: &mut Cpu, register: u8, value: u64) {
-                #[expect(
-                    clippy::redundant_closure_call,
-                    reason = "the macro's way to be given code"
-                )]
                 $set(cpu, register, value)
             }
         }
