@@ -60,7 +60,7 @@ impl<T> OutputGate<T> {
 
     /// Hands out, in order, every output whose position is at most `through`: call it on
     /// `Release { through }` and, with `LogPosition(u64::MAX)`, when the side runs alone. Returns the
-    /// number released last, ever: what [`crate::Entry::Released`] reports to the backup.
+    /// number handed out last, ever.
     pub fn release(
         &mut self,
         now: Duration,
@@ -94,7 +94,7 @@ impl<T> OutputGate<T> {
         self.held_bytes
     }
 
-    /// The output released last.
+    /// The output handed out last. [`crate::Entry::Released`] follows when it has left the host.
     pub fn released(&self) -> Option<OutputNumber> {
         self.released
     }

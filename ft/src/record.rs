@@ -25,10 +25,11 @@ pub enum Entry {
         /// Which.
         number: OutputNumber,
     },
-    /// The primary has released every output up to and including this one; the backup drops its
-    /// copies.
+    /// Every output up to and including this one has left the primary: the system calls have
+    /// returned. The backup drops its copies. To say so when the gate has opened would be too early:
+    /// outputs on their way to a back half die with the primary.
     Released {
-        /// The last one released.
+        /// The last one that left.
         through: OutputNumber,
     },
     /// The state of the primary's guest at this point; the backup compares.

@@ -57,8 +57,14 @@ pub enum Input {
         /// What happened.
         reason: String,
     },
-    /// The arbiter's answer to [`Action::Claim`].
-    ArbiterAnswered(Result<Claim, String>),
+    /// The arbiter's answer to [`Action::Claim`]. One that is not awaited is ignored: it may come
+    /// late, even from a claim for an earlier generation.
+    ArbiterAnswered {
+        /// The generation that was claimed.
+        generation: Generation,
+        /// Who has won; an error if the arbiter could not be reached.
+        answer: Result<Claim, String>,
+    },
     /// The operator wants this side to take over.
     TakeOver,
     /// The operator wants this copy gone.

@@ -156,7 +156,11 @@ impl Backup {
                 self.tell(Message::Discarded { reason: clip(&reason) }, actions);
                 self.discard(reason, actions);
             }
-            Input::ArbiterAnswered(answer) => self.answered(now, answer, actions)?,
+            Input::ArbiterAnswered { generation, answer } => {
+                if self.terms.as_ref().is_some_and(|terms| terms.generation == generation) {
+                    self.answered(now, answer, actions);
+                }
+            }
             Input::TakeOver => match &mut self.state {
                 State::Replaying => {
                     let reason = "the operator wants this side to take over".into();
@@ -187,7 +191,7 @@ impl Backup {
         let other = match &self.state {
             State::TakingOver(take) => match take.asked {
                 Asked::RetryAt(at) => Some(at),
-                Asked::No | Asked::Won if !take.yielded => Some(self.lease_over_at()),
+                Asked::No | Asked::Won if !take.fenced => Some(self.lease_over_at()),
                 Asked::No | Asked::Won | Asked::Waiting => None,
             },
             _ => Some(self.detector.deadline()),
@@ -225,12 +229,11 @@ impl Backup {
         now: Duration,
         answer: Result<Claim, String>,
         actions: &mut Vec<Action>,
-    ) -> Result<(), IllegalInput> {
-        let illegal = self.illegal("ArbiterAnswered");
+    ) {
         let retry = now + self.timing.claim_retry();
-        let State::TakingOver(take) = &mut self.state else { return Err(illegal) };
+        let State::TakingOver(take) = &mut self.state else { return };
         if !matches!(take.asked, Asked::Waiting) {
-            return Err(illegal);
+            return;
         }
         match answer {
             Ok(Claim::Won) => {
@@ -257,7 +260,6 @@ impl Backup {
                 }
             }
         }
-        Ok(())
     }
 
     /// Silence ended before anything was asked of the arbiter: as if nothing had been.
@@ -313,6 +315,7 @@ impl Backup {
         let Some(terms) = &self.terms else { return };
         let since = micros(now.saturating_sub(take.zero));
         let fenced = lease_over || take.yielded;
+        take.fenced = fenced;
         if drained && take.failover.drained_us.is_none() {
             take.failover.drained_us = Some(since);
         }
@@ -417,6 +420,7 @@ impl Backup {
             asked: Asked::No,
             unreachable: None,
             yielded: cause == Cause::HandOver,
+            fenced: false,
             zero,
             failover,
         };

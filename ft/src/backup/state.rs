@@ -50,6 +50,8 @@ pub(super) struct TakeOver {
     pub unreachable: Option<String>,
     /// The primary said that it releases nothing more.
     pub yielded: bool,
+    /// It can release nothing more: it said so, or its lease has run out.
+    pub fenced: bool,
     /// What the timeline counts from.
     pub zero: Duration,
     /// The timeline so far.

@@ -47,8 +47,14 @@ pub enum Input {
         /// Whole records, at most [`crate::message::MAX_CHUNK_BYTES`].
         bytes: Vec<u8>,
     },
-    /// The arbiter's answer to [`Action::Claim`].
-    ArbiterAnswered(Result<Claim, String>),
+    /// The arbiter's answer to [`Action::Claim`]. One that is not awaited is ignored: it may come
+    /// late, even from a claim for an earlier generation.
+    ArbiterAnswered {
+        /// The generation that was claimed.
+        generation: Generation,
+        /// Who has won; an error if the arbiter could not be reached.
+        answer: Result<Claim, String>,
+    },
     /// The operator wants the backup to take over.
     HandOver,
     /// The vCPU has logged [`crate::Control::HandOver`] as its last record and stands still. The
@@ -57,6 +63,8 @@ pub enum Input {
         /// The end of the log.
         end: LogPosition,
     },
+    /// After [`Action::Quiesce`]: every system call that performs an output has returned.
+    Quiesced,
     /// The operator wants no more protection, or the VM is at its end.
     Disable {
         /// Why, for the backup's operator.
@@ -111,6 +119,10 @@ pub enum Action {
     },
     /// Log [`crate::Control::HandOver`], stop the vCPU there and give [`Input::HandOverLogged`].
     LogHandOver,
+    /// No output may start any more ([`Primary::lease_until`] says so too). Give [`Input::Quiesced`]
+    /// when those under way have ended: the peer is about to be told that it need not wait for the
+    /// lease, and a write still under way could land on top of its successor's.
+    Quiesce,
     /// Let the vCPU rest for this fraction of time, 0 to 1.
     Throttle(f64),
     /// Stop the vCPU until [`Action::Unstall`]: the log buffers are full.

@@ -128,8 +128,10 @@ impl Primary {
             }
             Input::CloneFailed { reason } if self.state.unarmed() => self.abandon(reason, actions),
             Input::Log { end, point, bytes } => self.log(now, end, point, bytes, actions)?,
-            Input::ArbiterAnswered(answer) if self.state.claiming() => {
-                self.answered(now, answer, actions);
+            Input::ArbiterAnswered { generation, answer } => {
+                if generation == self.config.terms.generation {
+                    self.answered(now, answer, actions);
+                }
             }
             Input::HandOver if matches!(self.state, State::Protected) => {
                 actions.push(Action::LogHandOver);
@@ -141,6 +143,7 @@ impl Primary {
                 let next = State::HandingOver(HandingOver::Acknowledging { end });
                 self.change(next, None, actions);
             }
+            Input::Quiesced => self.quiesced(now, actions),
             // The backup was lost in the meantime; going alone resumes the vCPU.
             Input::HandOverLogged { .. } if self.state.claiming() => {}
             Input::Disable { reason } if self.state.unarmed() => self.abandon(reason, actions),
@@ -150,14 +153,13 @@ impl Primary {
             }
             Input::CloneSent => return Err(self.illegal("CloneSent")),
             Input::CloneFailed { .. } => return Err(self.illegal("CloneFailed")),
-            Input::ArbiterAnswered(_) => return Err(self.illegal("ArbiterAnswered")),
             Input::HandOver => return Err(self.illegal("HandOver")),
             Input::HandOverLogged { .. } => return Err(self.illegal("HandOverLogged")),
             Input::Disable { .. } => return Err(self.illegal("Disable")),
         }
         self.time(now, actions);
         self.release(now, actions);
-        self.hand_over(now, actions);
+        self.hand_over(actions);
         self.backpressure(actions);
         Ok(())
     }
@@ -180,11 +182,12 @@ impl Primary {
     }
 
     /// Until when outputs may leave this side. The back halves look at it once more right before each
-    /// system call. `Duration::MAX` when this side runs alone, `Duration::ZERO` when it has halted,
-    /// asks for the claim or has handed over.
+    /// system call, and wait while it has passed. `Duration::MAX` when this side runs alone or its
+    /// backup is not armed, `Duration::ZERO` when it has halted, asks for the claim or has handed over.
     pub fn lease_until(&self) -> Duration {
         match self.state {
             State::Alone { .. } | State::Abandoned { .. } => Duration::MAX,
+            _ if self.state.unarmed() => Duration::MAX,
             _ if self.state.releases() => self.lease_until,
             _ => Duration::ZERO,
         }
@@ -242,6 +245,9 @@ impl Primary {
     ) {
         let retry = now + self.config.terms.timing.claim_retry();
         let State::Claiming(claiming) = &mut self.state else { return };
+        if claiming.retry_at.is_some() {
+            return;
+        }
         match answer {
             Ok(Claim::Won) => {
                 let since = micros(now.saturating_sub(claiming.zero));
@@ -302,19 +308,37 @@ impl Primary {
     }
 
     fn release(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if self.state.releases() && self.acknowledged > self.released && now < self.lease_until {
+        if self.state.releases() && self.acknowledged > self.released && now < self.lease_until() {
             self.released = self.acknowledged;
             actions.push(Action::Release { through: self.acknowledged });
         }
     }
 
-    fn hand_over(&mut self, now: Duration, actions: &mut Vec<Action>) {
+    fn hand_over(&mut self, actions: &mut Vec<Action>) {
         if let State::HandingOver(HandingOver::Acknowledging { end }) = self.state
             && self.acknowledged >= end
         {
-            let until = now + 5 * self.config.terms.timing.failure_timeout();
-            actions.push(Action::Send(Message::HandOver { end }));
-            self.state = State::HandingOver(HandingOver::Consented { until });
+            actions.push(Action::Quiesce);
+            self.state = State::HandingOver(HandingOver::Quiescing { end });
+        }
+    }
+
+    /// No output of this side is under way, and none will be unless it wins the claim.
+    fn quiesced(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        match &mut self.state {
+            State::HandingOver(HandingOver::Quiescing { end }) => {
+                actions.push(Action::Send(Message::HandOver { end: *end }));
+                let until = now + 5 * self.config.terms.timing.failure_timeout();
+                self.state = State::HandingOver(HandingOver::Consented { until });
+            }
+            State::Claiming(claiming) if claiming.yielding => {
+                claiming.yielding = false;
+                if self.connected {
+                    actions.push(Action::Send(Message::Yielded));
+                }
+            }
+            // Overtaken by a claim that was won or lost.
+            _ => {}
         }
     }
 
@@ -366,7 +390,7 @@ impl Primary {
             generation: self.config.terms.generation.next().0,
             ..Failover::default()
         };
-        let next = Claiming { retry_at: None, unreachable: None, zero, failover };
+        let next = Claiming { retry_at: None, unreachable: None, yielding: false, zero, failover };
         self.change(State::Claiming(next), Some(cause), actions);
         self.ask(actions);
     }
@@ -379,9 +403,14 @@ impl Primary {
         });
     }
 
-    fn alone_by_consent(&mut self, cause: String, actions: &mut Vec<Action>) {
+    fn alone_by_consent(&mut self, now: Duration, cause: String, actions: &mut Vec<Action>) {
         let generation = self.config.terms.generation.next().0;
-        self.go_alone(Failover { cause, generation, ..Failover::default() }, actions);
+        let mut failover = Failover { cause, generation, ..Failover::default() };
+        if let State::Claiming(claiming) = &self.state {
+            failover = claiming.failover.clone();
+            failover.live_us = Some(micros(now.saturating_sub(claiming.zero)));
+        }
+        self.go_alone(failover, actions);
     }
 
     fn go_alone(&mut self, failover: Failover, actions: &mut Vec<Action>) {

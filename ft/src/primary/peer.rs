@@ -59,21 +59,19 @@ impl Primary {
                 let cause = format!("the backup's {} differs", clip(&unequal.component));
                 self.last_unequal = Some(unequal.clone());
                 actions.push(Action::Diverged { point, unequal });
-                self.given_up(cause, actions);
+                self.given_up(now, cause, actions);
             }
             Message::Discarded { reason } => {
-                self.given_up(format!("the backup gave up: {}", clip(&reason)), actions);
+                self.given_up(now, format!("the backup gave up: {}", clip(&reason)), actions);
             }
             // What was consented to; that it is live follows.
             Message::TakenOver { .. } if state.consented() => {}
             Message::TakenOver { .. } if state.armed() => {
                 // This side does nothing more by itself; but the arbiter has the last word.
-                actions.push(Action::Send(Message::Yielded));
                 self.claim(now, "the backup says that it has taken over".into(), actions);
+                self.yield_to_backup(actions);
             }
-            Message::TakenOver { .. } if state.claiming() => {
-                actions.push(Action::Send(Message::Yielded));
-            }
+            Message::TakenOver { .. } if state.claiming() => self.yield_to_backup(actions),
             Message::Live { generation } if state.consented() => {
                 self.halt(format!("handed over; generation {generation} is live"), actions);
             }
@@ -143,12 +141,19 @@ impl Primary {
         }
     }
 
+    fn yield_to_backup(&mut self, actions: &mut Vec<Action>) {
+        if let State::Claiming(claiming) = &mut self.state {
+            claiming.yielding = true;
+            actions.push(Action::Quiesce);
+        }
+    }
+
     /// The backup's word that it never goes live.
-    fn given_up(&mut self, cause: String, actions: &mut Vec<Action>) {
+    fn given_up(&mut self, now: Duration, cause: String, actions: &mut Vec<Action>) {
         if self.state.unarmed() {
             self.abandon(cause, actions);
         } else {
-            self.alone_by_consent(cause, actions);
+            self.alone_by_consent(now, cause, actions);
         }
     }
 }

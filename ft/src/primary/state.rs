@@ -35,6 +35,8 @@ pub(super) enum HandingOver {
     Logging,
     /// Logged; waiting until the backup has everything.
     Acknowledging { end: LogPosition },
+    /// The backup has everything; waiting for this side's last outputs to have ended.
+    Quiescing { end: LogPosition },
     /// The backup has everything and may go live. This side does nothing more, unless it has heard of
     /// no success by `until` and wins the claim.
     Consented { until: Duration },
@@ -46,6 +48,8 @@ pub(super) struct Claiming {
     pub retry_at: Option<Duration>,
     /// Why the last answer did not come.
     pub unreachable: Option<String>,
+    /// The backup wants to hear when this side's outputs have ended.
+    pub yielding: bool,
     /// What the timeline counts from: when the backup was heard last.
     pub zero: Duration,
     /// The timeline so far.
@@ -131,18 +135,20 @@ impl State {
 
     /// Outputs that are acknowledged may leave.
     pub(super) fn releases(&self) -> bool {
-        self.logs() && !self.consented()
+        let handed_over = matches!(
+            self,
+            State::HandingOver(HandingOver::Quiescing { .. } | HandingOver::Consented { .. })
+        );
+        self.logs() && !handed_over
     }
 
     /// The backup executes and can be waited for. While it loads it executes nothing, and only the
     /// bound on the log buffer holds.
     pub(super) fn measures_lag(&self) -> bool {
         self.armed()
-            && !matches!(
-                self,
-                State::HandingOver(
-                    HandingOver::Acknowledging { .. } | HandingOver::Consented { .. }
-                )
-            )
+            && match self {
+                State::HandingOver(step) => matches!(step, HandingOver::Logging),
+                _ => true,
+            }
     }
 }
