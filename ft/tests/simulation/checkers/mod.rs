@@ -1,0 +1,160 @@
+//! What must hold in every history, watched from outside: the checkers see both sides at once, which no
+//! side can.
+
+mod doubt;
+mod drained;
+mod fencing;
+mod nothing_lost;
+mod one_live;
+mod output_rule;
+mod outputs_kept;
+mod progress;
+
+use std::collections::BTreeMap;
+
+use crate::guest::Guest;
+use crate::network::End;
+use crate::node::{Node, Tagged};
+
+/// What did not hold.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    pub checker: &'static str,
+    pub text: String,
+}
+
+/// What a checker says: nothing, or what is wrong.
+pub type Verdict = Result<(), String>;
+
+#[derive(Default)]
+pub struct Checkers {
+    pub violation: Option<Violation>,
+    doubt: doubt::Doubt,
+    drained: drained::Drained,
+    fencing: fencing::Fencing,
+    one_live: one_live::OneLive,
+    output_rule: output_rule::OutputRule,
+    outputs_kept: outputs_kept::OutputsKept,
+    progress: progress::Progress,
+}
+
+impl Checkers {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn judge(&mut self, checker: &'static str, verdict: Verdict) {
+        if let (Err(text), None) = (verdict, &self.violation) {
+            self.violation = Some(Violation { checker, text });
+        }
+    }
+
+    /// The process around a state machine gave an input that it must not give.
+    pub fn illegal(&mut self, text: String) {
+        self.judge("illegal_input", Err(text));
+    }
+
+    /// A side has gone live, or goes on alone, in this generation.
+    pub fn live(&mut self, end: End, generation: u64) {
+        self.doubt.decided(end);
+        self.fencing.live(end, generation);
+        self.progress.live(end, generation);
+        let verdict = self.one_live.live(end, generation);
+        self.judge("one_live", verdict);
+    }
+
+    /// A side has asked the arbiter.
+    pub fn in_doubt(&mut self, end: End) {
+        self.doubt.in_doubt(end);
+    }
+
+    /// A side has halted or discarded its guest.
+    pub fn ended(&mut self, end: End) {
+        self.doubt.ended(end);
+        self.progress.ended(end);
+    }
+
+    pub fn crashed(&mut self, end: End) {
+        self.progress.crashed(end);
+    }
+
+    pub fn armed(&mut self, end: End, generation: u64) {
+        self.progress.armed(end, generation);
+    }
+
+    /// A primary has recorded up to here, in this state.
+    pub fn recorded(&mut self, generation: u64, position: u64, guest: &Guest) {
+        self.drained.recorded(generation, position, guest);
+    }
+
+    /// A backup has the log up to here in its hands.
+    pub fn received(&mut self, generation: u64, position: u64) {
+        self.output_rule.received(generation, position);
+    }
+
+    /// A primary has let an output out of the gate.
+    pub fn released(&mut self, end: End, tagged: &Tagged) {
+        let verdict = self.output_rule.released(tagged);
+        self.judge("output_rule", verdict);
+        let verdict = self.doubt.acts(end);
+        self.judge("doubt", verdict);
+    }
+
+    /// A back half has begun a system call.
+    pub fn performed(&mut self, end: End, tagged: &Tagged) {
+        self.outputs_kept.performed(tagged.number.0);
+        let verdict = self.doubt.acts(end);
+        self.judge("doubt", verdict);
+    }
+
+    /// The system call has had its effect.
+    pub fn landed(&mut self, t: u64, end: End, tagged: &Tagged) {
+        self.drained.landed(tagged);
+        let verdict = self.fencing.landed(t, end, tagged.generation);
+        self.judge("fencing", verdict);
+    }
+
+    /// A write has reached the disk over what was there.
+    pub fn written(&mut self, t: u64, end: End, before: u64, request: u64) {
+        let verdict = self.fencing.written(t, end, before, request);
+        self.judge("fencing", verdict);
+    }
+
+    /// A client has an answer.
+    pub fn answered(&mut self, t: u64, awaited: u64, request: u64, total: u64, disk: u64) {
+        let verdict = nothing_lost::answered(t, awaited, request, total, disk);
+        self.judge("nothing_lost", verdict);
+    }
+
+    /// A backup goes live at the end of `generation`.
+    pub fn goes_live(
+        &mut self,
+        end: End,
+        generation: u64,
+        executed: u64,
+        received: u64,
+        guest: &Guest,
+        tainted: bool,
+    ) {
+        let verdict = self.drained.goes_live(end, generation, executed, received, guest, tainted);
+        self.judge("drained", verdict);
+    }
+
+    /// What a side that goes live will send of its predecessor's outputs.
+    pub fn takes_over_outputs(&mut self, next_output: u64, kept: &[u64]) {
+        let verdict = self.outputs_kept.goes_live(next_output, kept);
+        self.judge("outputs_kept", verdict);
+    }
+
+    /// The history is over.
+    pub fn progress(
+        &mut self,
+        t: u64,
+        progressed: bool,
+        claims: &BTreeMap<u64, String>,
+        nodes: &[Node],
+    ) {
+        let verdict = self.progress.over(t, progressed, claims, nodes);
+        self.judge("progress", verdict);
+    }
+}

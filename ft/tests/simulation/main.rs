@@ -1,0 +1,186 @@
+//! The pair in a simulated world: the production state machines, codec, frames and gate, over a network,
+//! clocks, a disk, an arbiter and processes that fail.
+//!
+//! A history is a function of its seed. Thousands run; each is watched by the checkers. One that fails
+//! prints its seed, and
+//!
+//! ```text
+//! DYAD_SIM_SEED=<seed> cargo test --release -p ft --test simulation one_seed -- --nocapture
+//! ```
+//!
+//! runs it again with its whole story. `DYAD_SIM_SEEDS` sets how many seeds run, `DYAD_SIM_FIRST` the
+//! first.
+
+mod checkers;
+mod faults;
+mod guest;
+mod mischief;
+mod network;
+mod node;
+mod plant;
+mod process;
+mod rng;
+mod vcpu;
+mod world;
+
+use plant::Plant;
+use world::{Outcome, World};
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))
+}
+
+/// Shows the end of a failed history and panics.
+fn fail(seed: u64, plant: Option<Plant>) -> ! {
+    let outcome = World::run(seed, plant, true);
+    let tail = outcome.trace.len().saturating_sub(60);
+    for line in &outcome.trace[tail..] {
+        println!("{line}");
+    }
+    panic!(
+        "seed {seed}: {:?}\nrepeat with: DYAD_SIM_SEED={seed} cargo test --release -p ft --test simulation one_seed -- --nocapture",
+        outcome.violation
+    );
+}
+
+/// Runs seeds on all processors; gives the first one that fails, if any, and sums.
+fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 4]) {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|worker| {
+                scope.spawn(move || {
+                    let mut sums = [0u64; 4];
+                    for seed in (first + worker..first + count).step_by(threads as usize) {
+                        let Outcome { violation, answered, protections, failovers, lost, .. } =
+                            World::run(seed, None, false);
+                        if violation.is_some() {
+                            return (Some(seed), sums);
+                        }
+                        for (sum, value) in
+                            sums.iter_mut().zip([answered, protections, failovers, u64::from(lost)])
+                        {
+                            *sum += value;
+                        }
+                    }
+                    (None, sums)
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().expect("no seed panics")).collect()
+    });
+    let failed = results.iter().filter_map(|(seed, _)| *seed).min();
+    let mut sums = [0; 4];
+    for (_, part) in &results {
+        for (sum, value) in sums.iter_mut().zip(part) {
+            *sum += value;
+        }
+    }
+    (failed, sums)
+}
+
+#[test]
+fn thousands_of_seeds() {
+    let count = number("DYAD_SIM_SEEDS").unwrap_or(2_000);
+    let first = number("DYAD_SIM_FIRST").unwrap_or(0);
+    let (failed, [answered, protections, failovers, lost]) = run_seeds(first, count);
+    if let Some(seed) = failed {
+        fail(seed, None);
+    }
+    println!(
+        "{count} histories: {answered} requests answered, {protections} times protected, {failovers} failovers, {lost} VMs lost with all their hosts"
+    );
+    assert!(protections >= count && failovers > count / 4, "the faults do not bite");
+    assert!(lost < count / 4, "most histories should end well");
+}
+
+#[test]
+fn one_seed() {
+    let Some(seed) = number("DYAD_SIM_SEED") else { return };
+    let outcome = World::run(seed, None, true);
+    for line in &outcome.trace {
+        println!("{line}");
+    }
+    assert!(outcome.violation.is_none(), "seed {seed}: {:?}", outcome.violation);
+}
+
+/// Looks for a seed at which the checkers find the bug.
+fn finds(plant: Plant, checkers: &[&str]) {
+    let tries = 2_000;
+    for seed in 0..tries {
+        if let Some(violation) = World::run(seed, Some(plant), false).violation {
+            println!("{plant:?}: seed {seed}: {}: {}", violation.checker, violation.text);
+            assert!(
+                checkers.contains(&violation.checker),
+                "found by another checker than expected"
+            );
+            return;
+        }
+    }
+    panic!("{plant:?} was not found in {tries} histories: the simulation is blind to it");
+}
+
+#[test]
+fn finds_a_gate_that_releases_early() {
+    finds(Plant::GateReleasesEarly, &["output_rule"]);
+}
+
+#[test]
+fn finds_a_claim_that_is_not_exclusive() {
+    finds(Plant::ClaimNotExclusive, &["one_live"]);
+}
+
+#[test]
+fn finds_going_live_without_draining() {
+    finds(Plant::LiveWithoutDraining, &["drained"]);
+}
+
+#[test]
+fn finds_a_lease_that_counts_from_receipt() {
+    finds(Plant::LeaseByReceipt, &["fencing"]);
+}
+
+#[test]
+fn finds_back_halves_that_ignore_the_lease() {
+    finds(Plant::LeaseIgnoredByBackHalves, &["fencing", "doubt"]);
+}
+
+#[test]
+fn finds_a_backup_that_does_not_wait_for_the_lease() {
+    finds(Plant::LeaseIgnoredByBackup, &["fencing"]);
+}
+
+#[test]
+fn finds_a_clock_that_stops_while_the_host_sleeps() {
+    finds(Plant::ClockStopsWhileFrozen, &["fencing"]);
+}
+
+#[test]
+fn finds_a_loser_that_goes_on() {
+    finds(Plant::LoserGoesOn, &["fencing", "doubt"]);
+}
+
+#[test]
+fn finds_an_acknowledgement_before_receipt() {
+    finds(Plant::AcknowledgedBeforeReceipt, &["output_rule"]);
+}
+
+#[test]
+fn finds_a_hand_over_with_writes_under_way() {
+    finds(Plant::NotQuiesced, &["fencing"]);
+}
+
+#[test]
+fn finds_outputs_reported_before_they_are_sent() {
+    finds(Plant::ReleasedBeforeSent, &["outputs_kept"]);
+}
+
+#[test]
+fn finds_disk_requests_not_issued_again() {
+    finds(Plant::NothingReissued, &["progress"]);
+}
+
+#[test]
+fn finds_a_claim_that_is_not_retried() {
+    finds(Plant::NoRetry, &["progress"]);
+}
