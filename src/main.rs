@@ -55,6 +55,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
     // Dropped last, so that the answer to vmm.shutdown still goes out.
     let _server = socket.map(|socket| Server::start(socket, inbox.clone())).transpose()?;
     end_on_signals(inbox)?;
+    if let Some(path) = options.api_socket.as_ref() {
+        log::info!("the API is served on {path}");
+    }
     for call in first_call {
         let (response, _) = dispatch(call, &mut vmm);
         if response.status >= 300 {

@@ -1,5 +1,6 @@
 //! The command line of `dyad`.
 
+use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -17,15 +18,16 @@ Examples:
 
   The same with a disk, a network device and an API:
     dyad --api-socket /tmp/a.sock --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' \\
-         --memory size=1G --disk path=root.img,image_type=raw --net tap=tap0 --serial tty --console off
+         --memory size=1G --disk path=root.img,image_type=raw --net tap=tap0 \\
+         --serial tty --console off
 
   Protect it: on another host wait for it, then tell it where:
     dyad --api-socket /tmp/b.sock
     dyad-remote --api-socket /tmp/b.sock ft-receive listen_url=tcp:0.0.0.0:7700
     dyad-remote --api-socket /tmp/a.sock ft-enable backup_url=tcp:HOST:7700,arbiter_url=file:/shared
 
-Values are key=value pairs, separated by commas; quote a value that holds commas with double quotes. Sizes
-take the suffixes K, M and G. When the guest switches itself off, dyad ends.";
+Values are key=value pairs, separated by commas; put double quotes around a value that holds commas.
+Sizes take the suffixes K, M and G. When the guest switches itself off, dyad ends.";
 
 /// A virtual machine whose guest survives the death of its host
 #[derive(Debug, Parser)]
@@ -38,11 +40,9 @@ pub struct Options {
     /// What executes the guest: KVM, the software CPU, or KVM only where hardware stands behind it. Only
     /// the software CPU can be protected in lockstep
     #[arg(long, value_name = "auto|soft|kvm", default_value = "auto", hide_default_value = true,
+        hide_possible_values = true,
         value_parser = hypervisor_parser())]
     pub hypervisor: HypervisorChoice,
-
-    #[command(flatten)]
-    pub vm: Vm,
 
     /// Start from a snapshot: source_url=file:///DIR[,resume=on]
     #[arg(long, value_name = "OPTIONS")]
@@ -59,6 +59,9 @@ pub struct Options {
     /// Log more: -v what happens, -vv every API call, -vvv everything
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
+
+    #[command(flatten)]
+    pub vm: Vm,
 }
 
 /// Options that describe the VM.
@@ -164,6 +167,15 @@ pub enum ApiSocketOption {
     Path(PathBuf),
     /// On a listening socket that this process was given.
     Descriptor(RawFd),
+}
+
+impl fmt::Display for ApiSocketOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
+        }
+    }
 }
 
 impl FromStr for ApiSocketOption {

@@ -158,7 +158,8 @@ pub fn ping() -> VmmPing {
         build_version: format!("dyad-v{version}"),
         version,
         pid: i64::from(std::process::id()),
-        features: vec!["kvm".to_owned()],
+        // None of those that Cloud Hypervisor names.
+        features: Vec::new(),
     }
 }
 

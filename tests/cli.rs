@@ -1,0 +1,236 @@
+//! The two programs as processes: what they print, how they end, what they leave behind.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A `dyad` without a VM.
+struct Dyad {
+    child: Child,
+    directory: TempDir,
+}
+
+impl Dyad {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dyad"))
+            .args(["-vv", "--hypervisor", "soft", "--api-socket"])
+            .arg(directory.path().join("api.sock"))
+            .stderr(Stdio::piped())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        // It says so once it listens: nothing else is to be waited for.
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("the API is served") {
+            line.clear();
+            assert_ne!(log.read_line(&mut line).unwrap(), 0, "dyad ended early");
+        }
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        Self { child, directory }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("api.sock")
+    }
+
+    fn remote(&self, arguments: &[&str]) -> Output {
+        remote(&self.socket(), arguments)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Exit code, once it has ended.
+    fn code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Dyad {
+    fn drop(&mut self) {
+        // It may have ended; then there is nothing to kill.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn remote(socket: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dyad-remote"))
+        .arg("--api-socket")
+        .arg(socket)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn dyad(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dyad")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn error(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn a_vm_is_configured_shown_and_deleted() {
+    let dyad = Dyad::start();
+    let ping = dyad.remote(&["ping"]);
+    assert_eq!(ping.status.code(), Some(0));
+    assert!(ping.stdout.ends_with(b"}\n") && ping.stderr.is_empty());
+
+    let config = dyad.directory.path().join("vm.json");
+    std::fs::write(&config, json!({"memory": {"size": 1 << 26}, "unknown": 1}).to_string())
+        .unwrap();
+    let create = dyad.remote(&["create", config.to_str().unwrap()]);
+    assert_eq!((create.status.code(), create.stdout.as_slice()), (Some(0), &b""[..]));
+    let info: Value = serde_json::from_slice(&dyad.remote(&["info"]).stdout).unwrap();
+    assert_eq!(info["state"], "Created");
+    assert_eq!(info["config"]["memory"]["size"], 1 << 26);
+
+    let boot = dyad.remote(&["boot"]);
+    assert_eq!(boot.status.code(), Some(1));
+    let text = error(&boot);
+    assert!(text.starts_with("Error: dyad-remote"), "{text}");
+    assert!(text.contains("  1: 400 Bad Request\n") && text.contains("'kernel'"), "{text}");
+
+    assert_eq!(dyad.remote(&["delete"]).status.code(), Some(0));
+    let info = dyad.remote(&["info"]);
+    assert!(info.stdout.is_empty());
+    assert!(error(&info).contains("  1: 404 Not Found\n"));
+}
+
+#[test]
+fn a_boot_that_fails_leaves_a_vm_that_can_be_changed() {
+    let dyad = Dyad::start();
+    let directory = dyad.directory.path();
+    let no_kernel = directory.join("no-kernel");
+    std::fs::write(&no_kernel, "this is no kernel").unwrap();
+    let odd_disk = directory.join("odd.img");
+    std::fs::write(&odd_disk, [0; 1000]).unwrap();
+    let kernel = json!({"kernel": no_kernel});
+    let quiet = json!({"mode": "Off"});
+    for (config, word) in [
+        (json!({"payload": {"kernel": "/missing/vmlinuz"}, "console": quiet}), "/missing/vmlinuz"),
+        (json!({"payload": kernel, "console": quiet}), "no-kernel"),
+        (json!({"payload": kernel, "console": quiet, "disks": [{"path": odd_disk}]}), "odd.img"),
+        (
+            json!({"payload": kernel, "console": quiet, "disks": [{"path": "/missing/d"}]}),
+            "missing",
+        ),
+        (json!({"payload": kernel, "cpus": {"boot_vcpus": 2, "max_vcpus": 2}}), "one virtual CPU"),
+        (json!({"payload": kernel, "pvpanic": true}), "pvpanic"),
+    ] {
+        let path = directory.join("vm.json");
+        std::fs::write(&path, config.to_string()).unwrap();
+        assert_eq!(dyad.remote(&["create", path.to_str().unwrap()]).status.code(), Some(0));
+        let boot = dyad.remote(&["boot"]);
+        assert_eq!(boot.status.code(), Some(1));
+        assert!(error(&boot).contains(word), "{config}: {}", error(&boot));
+        let info: Value = serde_json::from_slice(&dyad.remote(&["info"]).stdout).unwrap();
+        assert_eq!(info["state"], "Created");
+        assert_eq!(dyad.remote(&["delete"]).status.code(), Some(0));
+    }
+}
+
+#[test]
+fn shutdown_vmm_prints_an_empty_line_and_ends_the_process() {
+    let mut dyad = Dyad::start();
+    let output = dyad.remote(&["shutdown-vmm"]);
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b"\n"[..]));
+    assert_eq!(dyad.code(), Some(0));
+    assert!(!dyad.socket().exists());
+}
+
+#[test]
+fn signals_end_the_process_in_order() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut dyad = Dyad::start();
+        dyad.signal(signal);
+        assert_eq!(dyad.code(), Some(0));
+        assert!(!dyad.socket().exists());
+    }
+}
+
+#[test]
+fn a_live_socket_is_respected_and_a_stale_one_replaced() {
+    let mut first = Dyad::start();
+    let socket = first.socket();
+    let second = dyad(&["--api-socket", socket.to_str().unwrap()]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(error(&second).contains("another process"), "{}", error(&second));
+    assert_eq!(first.remote(&["ping"]).status.code(), Some(0));
+    first.signal(Signal::SIGKILL);
+    first.code();
+    assert!(socket.exists(), "a killed process leaves its socket");
+    let mut third = Command::new(env!("CARGO_BIN_EXE_dyad"))
+        .args(["--hypervisor", "soft", "--api-socket"])
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    while remote(&socket, &["ping"]).status.code() != Some(0) {
+        assert!(third.try_wait().unwrap().is_none(), "dyad ended early");
+    }
+    assert_eq!(remote(&socket, &["shutdown-vmm"]).status.code(), Some(0));
+    assert!(third.wait().unwrap().success());
+}
+
+#[test]
+fn garbage_on_the_socket_does_no_harm() {
+    let dyad = Dyad::start();
+    for garbage in [&b"\0\xff\xfe"[..], b"HELO example.org\r\n\r\n", &[b'A'; 100_000]] {
+        let mut stream = UnixStream::connect(dyad.socket()).unwrap();
+        // The server may have had enough before the end.
+        let _ = stream.write_all(garbage);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 400 "));
+    }
+    assert_eq!(dyad.remote(&["ping"]).status.code(), Some(0));
+}
+
+#[test]
+fn exit_codes_tell_usage_from_failure() {
+    for (arguments, code, word) in [
+        (&[][..], 2, "Usage"),
+        (&["--memory", "size=1G"], 2, "--kernel"),
+        (&["--nonsense"], 2, "--nonsense"),
+        (&["--kernel", "/missing/vmlinuz", "--console", "off"], 1, "/missing/vmlinuz"),
+        (&["--kernel", "/k", "--memory", "size=lots"], 1, "suffix"),
+        (&["--kernel", "/k", "--disk", "path=/d,colour=red"], 1, "'colour'"),
+        (&["--restore", "source_url=file:///missing"], 1, "/missing"),
+        (&["--api-socket", "/missing/api.sock"], 1, "/missing/api.sock"),
+    ] {
+        let output = dyad(arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", error(&output));
+        assert!(error(&output).contains(word), "{arguments:?}: {}", error(&output));
+    }
+    let missing = Path::new("/missing/api.sock");
+    assert_eq!(remote(missing, &["ping"]).status.code(), Some(1));
+    assert_eq!(remote(missing, &["no-such-call"]).status.code(), Some(2));
+    let enable = remote(missing, &["ft-enable", "backup_url=tcp:h:1"]);
+    assert_eq!(enable.status.code(), Some(1));
+    assert!(error(&enable).contains("arbiter_url"), "{}", error(&enable));
+}
+
+#[test]
+fn protection_without_a_vm_or_with_nobody_there_is_refused() {
+    let dyad = Dyad::start();
+    let enable = dyad.remote(&["ft-enable", "backup_url=tcp:127.0.0.1:1,arbiter_url=file:/tmp"]);
+    assert_eq!(enable.status.code(), Some(1));
+    assert!(error(&enable).contains("404"), "{}", error(&enable));
+    assert_eq!(dyad.remote(&["ft-failover"]).status.code(), Some(1));
+    assert_eq!(dyad.remote(&["ft-disable"]).status.code(), Some(1));
+    let status: Value = serde_json::from_slice(&dyad.remote(&["ft-status"]).stdout).unwrap();
+    assert_eq!(status["role"], "none");
+}
