@@ -60,6 +60,7 @@ fn select(instruction: &Instruction) -> Selected {
     }
     ops::integer::handler(instruction)
         .or_else(|| ops::system::handler(instruction))
+        .or_else(|| ops::legacy::handler(instruction))
         .or_else(|| ops::fp::handler(instruction))
         .unwrap_or(Selected { run: op::undefined, ends_block: true })
 }

@@ -5,8 +5,8 @@
 //! set `rip` to the faulting instruction, then calls [`Cpu::deliver`], which changes registers only once nothing can
 //! fail any more.
 
-use super::cpu::{CS, Cpu, RSP, SEGMENT_LONG, SEGMENT_PRESENT, SS, Segment, Trap, TrapKind};
-use super::descriptor::{Descriptor, SELECTOR_RPL};
+use super::cpu::{CS, Cpu, RSP, SEGMENT_PRESENT, SS, Segment, Trap, TrapKind};
+use super::descriptor::SELECTOR_RPL;
 use super::flags;
 use super::paging::is_canonical;
 
@@ -18,6 +18,8 @@ pub const DEBUG: u8 = 1;
 pub const BREAKPOINT: u8 = 3;
 /// Overflow (INTO).
 pub const OVERFLOW: u8 = 4;
+/// BOUND range exceeded.
+pub const BOUND_RANGE: u8 = 5;
 /// Invalid opcode.
 pub const INVALID_OPCODE: u8 = 6;
 /// Device (FPU) not available.
@@ -36,8 +38,6 @@ pub const GENERAL_PROTECTION: u8 = 13;
 pub const PAGE_FAULT: u8 = 14;
 /// x87 floating-point error.
 pub const X87_ERROR: u8 = 16;
-/// Alignment check.
-pub const ALIGNMENT_CHECK: u8 = 17;
 /// Machine check.
 pub const MACHINE_CHECK: u8 = 18;
 /// SIMD floating-point error.
@@ -121,13 +121,6 @@ impl Cpu {
         self.raise(INVALID_TSS, Some(error_code))
     }
 
-    /// Raises #PF for the linear `address`.
-    #[cold]
-    pub fn pf(&mut self, address: u64, error_code: u32) -> Trap {
-        self.cr2 = address;
-        self.raise(PAGE_FAULT, Some(error_code))
-    }
-
     /// Raises #NM.
     #[cold]
     pub fn nm(&mut self) -> Trap {
@@ -150,12 +143,6 @@ impl Cpu {
     #[cold]
     pub fn de(&mut self) -> Trap {
         self.raise(DIVIDE_ERROR, None)
-    }
-
-    /// Whether an interrupt would be taken before the next instruction.
-    #[must_use]
-    pub fn interrupt_pending(&self) -> bool {
-        !self.interrupt_shadow && self.irqchip.pending(self.interrupts_enabled())
     }
 
     /// Takes the interrupt that is due before the next instruction, if there is one: its vector, to be given to

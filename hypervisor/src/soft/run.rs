@@ -89,9 +89,11 @@ impl Core {
             if std::mem::take(&mut cpu.interrupt_shadow) || stepping {
                 cpu.stop_at = cpu.retired + 1;
             }
-            let before = cpu.retired;
+            let (before, cpl) = (cpu.retired, cpu.cpl);
             first_moment = self.blocks();
-            if stepping && self.cpu.retired != before {
+            // SYSCALL and INT n clear the flag on the way in; the supervisor is not stepped (SDM vol. 3, 17.3.1.4).
+            let entered_supervisor = self.cpu.cpl < cpl;
+            if stepping && self.cpu.retired != before && !entered_supervisor {
                 self.cpu.pending_debug = true;
             }
         }

@@ -29,9 +29,8 @@ pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
 pub const TSS_BASE: u64 = 0x3000;
 const HANDLERS: u64 = 0x4000;
-/// Number of records; where a fault handler shall return to (0: halt); whether interrupt handlers signal EOI.
+/// Number of records; whether interrupt handlers leave out EOI.
 const RECORD_COUNT: u64 = 0x6000;
-pub const RESUME: u64 = 0x6008;
 pub const NO_EOI: u64 = 0x6010;
 const RECORDS: u64 = 0x6040;
 const MAX_RECORDS: u64 = 100;
@@ -187,11 +186,6 @@ impl Guest {
     /// The recording handler of a vector.
     pub fn handler(vector: u8) -> u64 {
         HANDLERS + u64::from(vector) * 16
-    }
-
-    /// Lets the next fault handler return to `address` instead of halting.
-    pub fn resume_at(&mut self, address: u64) {
-        self.write(RESUME, address);
     }
 
     /// Places code at `address`; returns the addresses of the labels it hands back.
@@ -406,12 +400,7 @@ impl Guest {
             a.mov(qword_ptr(rbx + 56), rax)?;
             a.cmp(qword_ptr(rsp + 16), 32)?;
             a.jae(interrupt)?;
-            a.mov(rax, qword_ptr(RESUME))?;
-            a.test(rax, rax)?;
-            a.jz(halt)?;
-            a.mov(qword_ptr(RESUME), 0)?;
-            a.mov(qword_ptr(rsp + 32), rax)?;
-            a.jmp(leave)?;
+            a.jmp(halt)?;
             a.set_label(&mut interrupt)?;
             a.cmp(qword_ptr(NO_EOI), 0)?;
             a.jne(leave)?;

@@ -289,7 +289,7 @@ fn an_access_across_a_page_end_has_no_effect_if_the_second_page_faults() {
 #[test]
 fn an_instruction_across_a_page_end_faults_in_the_second_page() {
     let mut guest = Guest::new();
-    guest.map(PAGE + 0x1000, PAGE + 0x1000 | P | W | NX);
+    guest.map(PAGE + 0x1000, (PAGE + 0x1000) | P | W | NX);
     // MOV EAX, imm32, of which two bytes are in the first page.
     guest.write_bytes(PAGE + 0xffe, &[0xb8, 1, 2, 3, 4]);
     guest.kernel(|a| {

@@ -1,6 +1,7 @@
 //! What CPL 3 may not do, and how it comes and goes.
 
 use crate::guest::*;
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 const LSTAR: u32 = 0xc000_0082;
@@ -253,6 +254,77 @@ fn compatibility_mode_runs_32_bit_code() {
 }
 
 #[test]
+fn compatibility_mode_has_a_32_bit_stack_and_32_bit_branches() {
+    let mut guest = Guest::new();
+    guest.gate(0x80, Guest::handler(0x1f), 0xee, 0);
+    guest.user_32(|a| {
+        let mut function = a.create_label();
+        let mut again = a.create_label();
+        let out = USER_DATA_PAGE as u32;
+        a.push(0x1234)?;
+        a.push(dword_ptr(esp))?;
+        a.pop(dword_ptr(out))?;
+        a.pop(dword_ptr(out + 4))?;
+        // Through a register and by displacement; the callee releases its argument.
+        a.push(7)?;
+        a.call(function)?;
+        a.mov(dword_ptr(out + 8), eax)?;
+        a.mov(dword_ptr(out + 12), esp)?;
+        a.mov(esi, 0x5555)?;
+        a.pushad()?;
+        a.xor(esi, esi)?;
+        a.popad()?;
+        a.mov(dword_ptr(out + 16), esi)?;
+        a.xor(eax, eax)?;
+        a.mov(ecx, 5)?;
+        a.set_label(&mut again)?;
+        a.inc(eax)?;
+        a.loop_(again)?;
+        a.mov(dword_ptr(out + 20), eax)?;
+        a.mov(eax, 0x79)?;
+        a.add(al, 0x35)?;
+        a.daa()?;
+        a.mov(dword_ptr(out + 24), eax)?;
+        a.int(0x80)?;
+        a.set_label(&mut function)?;
+        a.enter(8, 0)?;
+        a.mov(eax, dword_ptr(ebp + 8))?;
+        a.leave()?;
+        a.ret_1(4)?;
+        Ok(vec![])
+    });
+    let record = guest.run_to_fault();
+    assert_eq!((record.vector, record.rsp), (0x1f, USER_STACK), "{record:#x?}");
+    let words = guest.read_bytes(USER_DATA_PAGE, 28);
+    let words: Vec<u32> =
+        words.chunks(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+    assert_eq!(words, [0x1234, 0x1234, 7, USER_STACK as u32, 0x5555, 5, 0x14]);
+}
+
+#[test]
+fn single_steps_end_at_a_system_call() {
+    let mut guest = Guest::new();
+    let handler = KERNEL + 0x2000;
+    with_syscall(&mut guest, handler);
+    guest.code(handler, |a| {
+        a.inc(dword_ptr(DATA))?;
+        a.sysretq()?;
+        Ok(vec![])
+    });
+    let labels = guest.user_code(|a| {
+        a.push(0x302)?;
+        a.popfq()?;
+        // Not stepped: the flag is clear in the supervisor. It is back for the instruction behind.
+        a.syscall()?;
+        a.nop()?;
+        Ok(vec![here(a)])
+    });
+    let record = guest.run_to_fault();
+    assert_eq!((record.vector, record.rip, record.cs), (1, labels[0], u64::from(USER_CODE)));
+    assert_eq!(guest.read(DATA) as u32, 1);
+}
+
+#[test]
 fn swapgs_and_the_base_registers() {
     let mut guest = Guest::new();
     guest.kernel(|a| {
@@ -282,7 +354,7 @@ fn swapgs_and_the_base_registers() {
 #[test]
 fn control_registers_refuse_nonsense() {
     // CR0: NW without CD, PG without PE, PE off. CR4: unknown bit, PAE off. CR3: beyond the address width. CR8: 16.
-    type Write = fn(&mut Asm) -> Result<(), iced_x86::IcedError>;
+    type Write = fn(&mut Asm) -> Result<(), IcedError>;
     let cases: [(u64, Write); 7] = [
         (CR0 | 1 << 29, |a| a.mov(cr0, rax)),
         (CR0 & !1, |a| a.mov(cr0, rax)),

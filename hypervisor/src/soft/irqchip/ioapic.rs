@@ -171,7 +171,7 @@ mod tests {
         for select in 0..=255u32 {
             ioapic.write(0x00, select);
             ioapic.write(0x10, u32::MAX);
-            ioapic.read(0x10);
+            let _ = ioapic.read(0x10);
         }
         ioapic.write(0x00, 1);
         assert_eq!(ioapic.read(0x10), VERSION);

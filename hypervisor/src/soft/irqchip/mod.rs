@@ -109,15 +109,8 @@ impl IrqChip {
         self.lapic.advance(tsc);
     }
 
-    /// Whether an interrupt would be taken, given the processor's interrupt flag. Interrupt shadows are
-    /// the processor's business.
-    #[must_use]
-    pub fn pending(&self, interrupt_flag: bool) -> bool {
-        self.nmi_requested && !self.nmi_blocked
-            || interrupt_flag && self.lapic.deliverable().is_some()
-    }
-
-    /// Takes the interrupt of highest priority for the processor: vector 2 is an NMI.
+    /// Takes the interrupt of highest priority for the processor, given its interrupt flag: vector 2 is an NMI. Interrupt
+    /// shadows are the processor's business.
     pub fn acknowledge(&mut self, interrupt_flag: bool) -> Option<u8> {
         if self.nmi_requested && !self.nmi_blocked {
             self.nmi_requested = false;

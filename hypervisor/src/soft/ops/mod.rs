@@ -6,6 +6,7 @@ mod control;
 pub mod fp;
 pub mod integer;
 mod io;
+pub mod legacy;
 mod mov;
 mod muldiv;
 mod shift;

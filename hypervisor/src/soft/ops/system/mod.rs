@@ -214,7 +214,7 @@ impl Cpu {
     }
 
     /// Bits of RSP that address the stack.
-    fn stack_mask(&self) -> u64 {
+    pub(super) fn stack_mask(&self) -> u64 {
         if self.long_mode() {
             u64::MAX
         } else if self.segments[SS].attributes & SEGMENT_BIG != 0 {
@@ -225,20 +225,20 @@ impl Cpu {
     }
 
     /// Loads the value `offset` bytes above the stack pointer.
-    fn peek<T: Int>(&mut self, offset: u64) -> Result<u64, Trap> {
+    pub(super) fn peek<T: Int>(&mut self, offset: u64) -> Result<u64, Trap> {
         let address = self.gpr[RSP].wrapping_add(offset) & self.stack_mask();
         Ok(self.load::<T>(address)?.extend())
     }
 
     /// Stores `value` below the stack pointer, which stays: the `depth`-th of several pushes (from 1).
-    fn poke<T: Int>(&mut self, depth: u64, value: u64) -> Result<(), Trap> {
+    pub(super) fn poke<T: Int>(&mut self, depth: u64, value: u64) -> Result<(), Trap> {
         let below = depth * T::BYTES as u64;
         let address = self.gpr[RSP].wrapping_sub(below) & self.stack_mask();
         self.store::<T>(address, T::truncate(value))
     }
 
     /// Moves the stack pointer by `bytes`.
-    fn move_stack(&mut self, bytes: i64) {
+    pub(super) fn move_stack(&mut self, bytes: i64) {
         let mask = self.stack_mask();
         let moved = self.gpr[RSP].wrapping_add_signed(bytes);
         // In compatibility mode the upper half of RSP is not visible, and is kept zero.
@@ -255,6 +255,6 @@ impl Cpu {
 }
 
 /// Bytes of a stack slot of size `T`.
-const fn slot<T: Word>() -> i64 {
+pub(super) const fn slot<T: Word>() -> i64 {
     T::BYTES as i64
 }
