@@ -1,6 +1,6 @@
 //! HTTP as far as the API needs it: requests out of bytes, bytes out of responses. No sockets here.
 //!
-//! Parsing rests on `httparse`. The server in `dbs-uhttp` was tried against what Cloud Hypervisor's clients
+//! Parsing rests on `httparse`. The server in `dbs-uhttp` was read against what Cloud Hypervisor's clients
 //! rely on and does not fit: it answers 500 when a request arrives in fragments more than a millisecond
 //! apart, drops the answer to a client that closes its sending side, keeps any number of headers, and cannot
 //! send 409, 429 or an empty body with a length.
