@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ft::Event;
-use virtio_devices::block::back::{BlockBack, BlockBackError};
+use virtio_devices::block::back::{BlockBack, BlockBackError, Valve};
 use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
 use virtio_devices::net::TapError;
 use virtio_devices::net::back::{NetBack, TapOptions};
@@ -274,6 +274,12 @@ impl Backends {
                 net.back.announce(mac);
             }
         }
+    }
+
+    /// What lets the disks' requests through.
+    #[must_use]
+    pub fn disk_valves(&self) -> Vec<Arc<Valve>> {
+        self.disks.values().map(|disk| disk.back.valve()).collect()
     }
 
     /// From now on begins no disk request: for a machine that lost its claim.

@@ -96,6 +96,15 @@ impl Outlet for BackHalves {
         self.with(|backends| backends.entropy(device, len));
     }
 
+    fn close_disks(&self) {
+        // Waited for without the lock: the vCPU thread goes on handing in requests.
+        self.with(Backends::disk_valves).iter().for_each(|valve| valve.close());
+    }
+
+    fn open_disks(&self) {
+        self.with(Backends::disk_valves).iter().for_each(|valve| valve.open());
+    }
+
     fn announce(&self) {
         self.with(Backends::announce);
     }

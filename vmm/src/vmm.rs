@@ -432,7 +432,7 @@ impl Control for Vmm {
     }
 
     fn ft_disable(&mut self) -> Result<(), ControlError> {
-        if !self.primary.as_ref().is_some_and(|primary| !primary.ended()) {
+        if self.primary.as_ref().is_none_or(PrimaryThread::ended) {
             let backup =
                 self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some());
             let text = if backup {

@@ -8,8 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -89,7 +89,7 @@ pub struct BlockBack {
 struct Image {
     path: PathBuf,
     file: File,
-    halted: AtomicBool,
+    valve: Arc<Valve>,
     failures: AtomicU32,
 }
 
@@ -113,8 +113,8 @@ impl BlockBack {
             return Err(BlockBackError::OddSize { path, bytes });
         }
         let (sender, receiver) = mpsc::channel();
-        let (halted, failures) = (AtomicBool::new(false), AtomicU32::new(0));
-        let image = Arc::new(Image { path, file, halted, failures });
+        let (valve, failures) = (Arc::default(), AtomicU32::new(0));
+        let image = Arc::new(Image { path, file, valve, failures });
         let sectors = bytes / SECTOR_SIZE;
         Ok(Self { image, sectors, sender, receiver: Some(receiver), thread: None })
     }
@@ -135,10 +135,11 @@ impl BlockBack {
         let image = Arc::clone(&self.image);
         let work = move || {
             for request in receiver {
-                if image.halted.load(Ordering::Acquire) {
-                    continue;
+                if image.valve.enter() {
+                    let completion = image.execute(request);
+                    image.valve.leave();
+                    complete(completion);
                 }
-                complete(image.execute(request));
             }
         };
         let spawned = std::thread::Builder::new().name("disk".into()).spawn(work);
@@ -159,7 +160,13 @@ impl BlockBack {
     /// From now on begins no request: those queued are forgotten and never completed. For a
     /// machine that must not touch its disks any more.
     pub fn halt(&self) {
-        self.image.halted.store(true, Ordering::Release);
+        self.image.valve.set(Flow::Halted);
+    }
+
+    /// What lets requests through or not; usable from other threads.
+    #[must_use]
+    pub fn valve(&self) -> Arc<Valve> {
+        Arc::clone(&self.image.valve)
     }
 
     /// Executes what is queued (unless halted), then ends the thread and closes the image.
@@ -168,8 +175,79 @@ impl BlockBack {
     }
 }
 
+/// Lets a disk's requests through, one at a time.
+#[derive(Debug, Default)]
+pub struct Valve {
+    state: Mutex<ValveState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct ValveState {
+    flow: Flow,
+    /// A request is being executed.
+    busy: bool,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    #[default]
+    Open,
+    /// Requests wait.
+    Closed,
+    /// Requests are forgotten, for good.
+    Halted,
+}
+
+impl Valve {
+    /// Begins no request from now on, and returns when the one under way has ended.
+    pub fn close(&self) {
+        self.set(Flow::Closed);
+        let mut state = self.lock();
+        while state.busy {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets requests through again; those that waited come first.
+    pub fn open(&self) {
+        self.set(Flow::Open);
+    }
+
+    fn set(&self, flow: Flow) {
+        let mut state = self.lock();
+        if state.flow != Flow::Halted {
+            state.flow = flow;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for the valve to open. False if it is halted.
+    fn enter(&self) -> bool {
+        let mut state = self.lock();
+        while state.flow == Flow::Closed {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.busy = state.flow == Flow::Open;
+        state.busy
+    }
+
+    fn leave(&self) {
+        self.lock().busy = false;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ValveState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Drop for BlockBack {
     fn drop(&mut self) {
+        // Nobody is left to open a closed valve; what waited behind it belongs to another host now.
+        if self.image.valve.lock().flow == Flow::Closed {
+            self.halt();
+        }
         // The thread ends when its channel is closed and empty.
         let (closed, _) = mpsc::channel();
         self.sender = closed;
@@ -406,5 +484,24 @@ mod tests {
         back.start(Box::new(|completion| panic!("{completion:?}"))).unwrap();
         back.stop();
         assert_eq!(std::fs::read(file.path()).unwrap(), vec![7; 8 * 512]);
+    }
+
+    #[test]
+    fn a_closed_valve_holds_requests_until_it_opens() {
+        let file = image(8);
+        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let (sender, done) = mpsc::channel();
+        back.start(Box::new(move |completion| sender.send(completion.id).unwrap())).unwrap();
+        back.submit(BlockRequest { id: 0, op: write(0, 1, 8) });
+        assert_eq!(done.recv().unwrap(), 0);
+        let valve = back.valve();
+        valve.close();
+        back.submit(BlockRequest { id: 1, op: write(0, 2, 8) });
+        back.submit(BlockRequest { id: 2, op: write(0, 3, 8) });
+        assert_eq!(done.try_recv(), Err(mpsc::TryRecvError::Empty));
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![1; 8 * 512]);
+        valve.open();
+        assert_eq!((done.recv().unwrap(), done.recv().unwrap()), (1, 2));
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![3; 8 * 512]);
     }
 }

@@ -58,7 +58,7 @@ pub trait BackupHost: Send {
 /// Inputs from other threads.
 pub(super) enum Inward {
     Operator(Input, Sender<Result<(), String>>),
-    Arbiter(Result<ft::Claim, String>),
+    Arbiter(Generation, Result<ft::Claim, String>),
     /// From the vCPU thread.
     Guest(Input),
 }
@@ -267,7 +267,9 @@ impl BackupSide {
     fn take_inward(&mut self) {
         while let Ok(inward) = self.inward.try_recv() {
             match inward {
-                Inward::Arbiter(answer) => self.step(Input::ArbiterAnswered(answer)),
+                Inward::Arbiter(generation, answer) => {
+                    self.step(Input::ArbiterAnswered { generation, answer });
+                }
                 Inward::Guest(input) => self.step(input),
                 Inward::Operator(input, reply) => {
                     let mut actions = Vec::new();
@@ -394,7 +396,7 @@ impl BackupSide {
         let Some(arbiter) = &self.arbiter else { return };
         let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
         super::claim(Arc::clone(arbiter), pair, generation, who, move |answer| {
-            let _ = sender.send(Inward::Arbiter(answer));
+            let _ = sender.send(Inward::Arbiter(generation, answer));
             let _ = waker.write(1);
         });
     }

@@ -80,7 +80,9 @@ pub struct PrimaryThread {
 /// Inputs from threads other than the vCPU's and the clone's.
 enum Inward {
     Operator(Input, Sender<Result<(), String>>),
-    Arbiter(Result<ft::Claim, String>),
+    /// No output is under way any more.
+    Quiesced,
+    Arbiter(Generation, Result<ft::Claim, String>),
 }
 
 impl PrimaryThread {
@@ -114,6 +116,7 @@ impl PrimaryThread {
             flush_sender: Some(flush_sender),
             flushes,
             clone: None,
+            quiescing: None,
             clone_sent: false,
             progress: Arc::default(),
             waker: Arc::clone(&waker),
@@ -188,6 +191,7 @@ struct PrimarySide {
     flush_sender: Option<Sender<FromVcpu>>,
     flushes: Receiver<FromVcpu>,
     clone: Option<CloneThread>,
+    quiescing: Option<JoinHandle<()>>,
     /// The guest records, and what it records may be sent.
     clone_sent: bool,
     progress: Arc<CloneProgress>,
@@ -304,7 +308,10 @@ impl PrimarySide {
     fn take_inward(&mut self) {
         while let Ok(inward) = self.inward.try_recv() {
             match inward {
-                Inward::Arbiter(answer) => self.step(Input::ArbiterAnswered(answer)),
+                Inward::Arbiter(generation, answer) => {
+                    self.step(Input::ArbiterAnswered { generation, answer });
+                }
+                Inward::Quiesced => self.step(Input::Quiesced),
                 Inward::Operator(input, reply) => {
                     let mut actions = Vec::new();
                     let result = self.machine.step(boot_time(), input, &mut actions);
@@ -355,6 +362,7 @@ impl PrimarySide {
             Action::LogHandOver => {
                 self.inbox.send(run_loop::Message::Command(Command::HandOver));
             }
+            Action::Quiesce => self.quiesce(),
             Action::Throttle(fraction) => self.link.set_throttle(fraction),
             Action::Stall => self.link.set_stalled(true),
             Action::Unstall => {
@@ -414,9 +422,25 @@ impl PrimarySide {
         let arbiter = Arc::clone(&self.arbiter);
         let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
         super::claim(arbiter, pair, generation, who, move |answer| {
-            let _ = sender.send(Inward::Arbiter(answer));
+            let _ = sender.send(Inward::Arbiter(generation, answer));
             let _ = waker.write(1);
         });
+    }
+
+    /// Frames and console bytes leave in the call that releases them; only disk requests take time.
+    fn quiesce(&mut self) {
+        let outlet = Arc::clone(&self.outlet);
+        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
+        let close = move || {
+            outlet.close_disks();
+            let _ = sender.send(Inward::Quiesced);
+            let _ = waker.write(1);
+        };
+        match std::thread::Builder::new().name("quiesce".into()).spawn(close) {
+            Ok(handle) => self.quiescing = Some(handle),
+            // Without it the backup waits for the lease to run out, as after a failure.
+            Err(error) => log::warn!("cannot start a thread: {error}"),
+        }
     }
 
     /// Lets the guest run on unrecorded, with every output it has made released in order.
@@ -428,6 +452,11 @@ impl PrimarySide {
             let _ = clone.handle.join();
         }
         self.flush_sender = None;
+        if let Some(handle) = self.quiescing.take() {
+            // Else it could close the disks after they have been opened.
+            let _ = handle.join();
+        }
+        self.outlet.open_disks();
         let (draining, drained) = crossbeam_channel::bounded::<()>(0);
         self.inbox.send(run_loop::Message::Command(Command::StopRecording { drained }));
         let outlet = Arc::clone(&self.outlet);

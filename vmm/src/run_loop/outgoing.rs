@@ -4,7 +4,7 @@ use virtio_devices::{BlockOp, BlockRequest};
 
 use crate::machine::MachineEffect;
 
-/// The back halves as the run loop and the output gate see them. No call blocks on host I/O.
+/// The back halves as the run loop and the output gate see them. Calls do not block on host I/O.
 pub trait Outlet: Send + Sync {
     /// Starts a disk request; its completion arrives as an event.
     fn block(&self, device: u8, request: BlockRequest);
@@ -16,6 +16,11 @@ pub trait Outlet: Send + Sync {
     fn serial(&self, bytes: &[u8]);
     /// Asks for random bytes; they arrive as an event.
     fn entropy(&self, device: u8, len: u32);
+    /// Begins no disk request from now on, and returns when those under way have ended. Unlike the other
+    /// calls this one may block.
+    fn close_disks(&self);
+    /// Lets disk requests begin again, those that waited first.
+    fn open_disks(&self);
     /// Tells the network where the guest's addresses are now.
     fn announce(&self);
 }
