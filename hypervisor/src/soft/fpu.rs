@@ -91,12 +91,6 @@ impl F80 {
         }
     }
 
-    /// A NaN made quiet.
-    #[must_use]
-    pub const fn quieted(self) -> Self {
-        Self { significand: self.significand | 1 << 62, sign_exponent: self.sign_exponent }
-    }
-
     /// The ten bytes, as the low 80 bits of an integer.
     #[must_use]
     pub const fn to_bits(self) -> u128 {
@@ -328,8 +322,6 @@ impl ImageWidth {
 
 /// Bytes of the largest FNSAVE image.
 pub const SAVE_BYTES: usize = 108;
-/// Bytes of the FXSAVE image that the processor writes; the rest of its 512 belongs to software.
-pub const FXSAVE_BYTES: usize = 416;
 
 impl Fpu {
     /// The FNSTENV image in protected-mode format; `width.environment_bytes()` of it count.

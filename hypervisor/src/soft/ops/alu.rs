@@ -230,9 +230,8 @@ fn cmpxchg_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         let new = T::get(cpu, op.src);
         T::set(cpu, op.dst, new);
     } else {
+        // The destination is not written: a 32-bit one keeps its upper half, as on Intel's processors.
         T::set(cpu, RAX as u8, old);
-        // A 32-bit destination is written in either case, as hardware does: its upper half is cleared.
-        T::set(cpu, op.dst, T::get(cpu, op.dst));
     }
     Ok(())
 }
@@ -267,10 +266,7 @@ fn cmpxchg8b(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn cmpxchg16b(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let address = cpu.ea(op);
-    if address & 15 != 0 {
-        return Err(cpu.gp(0));
-    }
+    let address = cpu.aligned_ea(op)?;
     cpu.modify::<u128>(address, |cpu, old| {
         let pair = |cpu: &Cpu, high: usize, low: usize| {
             u128::from(cpu.gpr[high]) << 64 | u128::from(cpu.gpr[low])

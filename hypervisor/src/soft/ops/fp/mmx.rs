@@ -351,7 +351,9 @@ fn from_integers<C: Conversion, S: Operand, const WHOLE: bool, const ENTER: bool
     op: &Op,
 ) -> Result<(), Trap> {
     cpu.require_sse()?;
-    cpu.require_mmx()?;
+    if ENTER {
+        cpu.require_mmx()?;
+    }
     let value = S::read(cpu, op)?;
     let result = convert::<C>(cpu, value.into())?;
     if ENTER {
@@ -434,11 +436,11 @@ fn moves(instruction: &Instruction) -> Option<Selected> {
         Pmovmskb_r32_mm | Pmovmskb_r64_mm => Selected::inner(pmovmskb),
         Pinsrw_mm_r32m16_imm8 | Pinsrw_mm_r64m16_imm8 => by_place(pinsrw_memory, pinsrw_general),
         Pextrw_r32_mm_imm8 | Pextrw_r64_mm_imm8 => Selected::inner(pextrw),
+        // Only the forms with an MMX register touch the x87.
         Cvtpi2ps_xmm_mmm64 => by_place(
-            from_integers::<IntegersToSingles, Mem64, false, true>,
+            from_integers::<IntegersToSingles, Mem64, false, false>,
             from_integers::<IntegersToSingles, Mm, false, true>,
         ),
-        // Only the form with an MMX register touches the x87 (vol. 2A, CVTPI2PD).
         Cvtpi2pd_xmm_mmm64 => by_place(
             from_integers::<IntegersToDoubles, Mem64, true, false>,
             from_integers::<IntegersToDoubles, Mm, true, true>,

@@ -5,6 +5,9 @@
 //! one. With an exception unmasked, the operation still runs with all masked, flags clear, and [`unmasked`] finds
 //! out from the flags what the guest must see; the host never traps.
 //!
+//! One thing differs from hardware then: an unmasked overflow or underflow always comes with the precision
+//! flag, where hardware sets it only if the result is inexact apart from its exponent.
+//!
 //! What must hold: rounding mode, flush-to-zero and denormals-are-zero of the host are the default ones
 //! when a handler returns, since code outside computes with them. The host's exception flags are
 //! nobody's.
@@ -278,6 +281,32 @@ macro_rules! dot_product {
 dot_product!(Dpps "dpps" 32);
 dot_product!(Dppd "dppd" 64);
 
+/// A dot product. While an exception is unmasked, its multiplications and additions raise theirs one step after
+/// the other, and are executed so before the whole.
+fn dot_product<O: Float, S: Source, const SINGLE: bool>(
+    cpu: &mut Cpu,
+    op: &Op,
+) -> Result<(), Trap> {
+    cpu.require_sse()?;
+    if cpu.mxcsr & MASKS != MASKS {
+        host_float!(MultiplySingles "mulps");
+        host_float!(MultiplyDoubles "mulpd");
+        host_float!(AddSingles "haddps");
+        host_float!(AddDoubles "haddpd");
+        let factors = lanes(op.imm as u8 >> 4, if SINGLE { 32 } else { 64 });
+        let (a, b) = (cpu.xmm(op.dst) & factors, S::read(cpu, op)? & factors);
+        if SINGLE {
+            let products = under_mxcsr(cpu, |mxcsr| MultiplySingles::apply(a, b, 0, mxcsr))?;
+            let sums = under_mxcsr(cpu, |m| AddSingles::apply(products, products, 0, m))?;
+            under_mxcsr(cpu, |mxcsr| AddSingles::apply(sums, sums, 0, mxcsr))?;
+        } else {
+            let products = under_mxcsr(cpu, |mxcsr| MultiplyDoubles::apply(a, b, 0, mxcsr))?;
+            under_mxcsr(cpu, |mxcsr| AddDoubles::apply(products, products, 0, mxcsr))?;
+        }
+    }
+    float::<O, S>(cpu, op)
+}
+
 fn immediate(instruction: &Instruction) -> Option<Selected> {
     match instruction.code() {
         Code::Cmpps_xmm_xmmm128_imm8 => select::<Cmpps, M128>(instruction),
@@ -288,8 +317,14 @@ fn immediate(instruction: &Instruction) -> Option<Selected> {
         Code::Roundpd_xmm_xmmm128_imm8 => select::<Roundpd, M128>(instruction),
         Code::Roundss_xmm_xmmm32_imm8 => select::<Roundss, M32>(instruction),
         Code::Roundsd_xmm_xmmm64_imm8 => select::<Roundsd, M64>(instruction),
-        Code::Dpps_xmm_xmmm128_imm8 => select::<Dpps, M128>(instruction),
-        Code::Dppd_xmm_xmmm128_imm8 => select::<Dppd, M128>(instruction),
+        Code::Dpps_xmm_xmmm128_imm8 if in_memory(instruction, 1) => {
+            Selected::inner(dot_product::<Dpps, M128, true>)
+        }
+        Code::Dpps_xmm_xmmm128_imm8 => Selected::inner(dot_product::<Dpps, Register, true>),
+        Code::Dppd_xmm_xmmm128_imm8 if in_memory(instruction, 1) => {
+            Selected::inner(dot_product::<Dppd, M128, false>)
+        }
+        Code::Dppd_xmm_xmmm128_imm8 => Selected::inner(dot_product::<Dppd, Register, false>),
         _ => None,
     }
 }

@@ -227,20 +227,21 @@ fn ftst(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn compare_flags<O: Operation, const POP: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.require_x87()?;
     cpu.note_instruction(op);
-    let (conditions, suppressed) = match (cpu.fpu.st(0), cpu.fpu.st(op.src)) {
+    let (conditions, pop) = match (cpu.fpu.st(0), cpu.fpu.st(op.src)) {
         (Some(a), Some(b)) => {
             let frame = cpu.x87_run::<O>(a, b, 0);
-            cpu.x87_commit(frame.status);
-            (frame.status, frame.suppressed())
+            // C1 stays as it was, unlike with FCOM.
+            cpu.fpu.status |= frame.status & status::EXCEPTIONS;
+            let invalid = frame.status & !cpu.fpu.control & status::IE != 0;
+            (if invalid { UNORDERED } else { frame.status }, POP && !frame.suppressed())
         }
-        _ => (UNORDERED, !cpu.x87_underflow()),
+        // The flags are set even if an exception is not masked; the pop is not done then.
+        _ => (UNORDERED, cpu.x87_underflow() && POP),
     };
-    if !suppressed {
-        let on = |bit: u16| conditions & bit != 0;
-        cpu.flags.set_explicit(on(status::C0), on(status::C2), false, on(status::C3), false, false);
-        if POP {
-            cpu.fpu.pop();
-        }
+    let on = |bit: u16| conditions & bit != 0;
+    cpu.flags.set_explicit(on(status::C0), on(status::C2), false, on(status::C3), false, false);
+    if pop {
+        cpu.fpu.pop();
     }
     Ok(())
 }
@@ -264,7 +265,8 @@ fn push_computed<O: Operation>(cpu: &mut Cpu, memory: u128) {
     }
     let frame = cpu.x87_run::<O>(F80::ZERO, F80::ZERO, memory);
     cpu.x87_commit(frame.status);
-    if !frame.suppressed() {
+    // A denormal is loaded even if its exception is not masked: the number is exact.
+    if frame.status & !frame.control & status::IE == 0 {
         cpu.fpu.push(frame.st0);
     }
 }
@@ -311,9 +313,7 @@ fn fbld(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn fld_register(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.require_x87()?;
     cpu.note_instruction(op);
-    let value = cpu.fpu.st(op.dst);
-    match value {
-        _ if cpu.fpu.st(7).is_some() => cpu.x87_push(F80::INDEFINITE, 0),
+    match cpu.fpu.st(op.dst) {
         Some(value) => cpu.x87_push(value, 0),
         None => {
             if cpu.x87_underflow() {
@@ -345,9 +345,8 @@ fn store<O: Operation, T: Word, const POP: bool>(cpu: &mut Cpu, op: &Op) -> Resu
     cpu.require_x87()?;
     let linear = cpu.ea(op);
     let (value, raised) = to_store::<O>(cpu);
-    match value {
-        Some(value) => cpu.store::<T>(linear, T::from_bytes(value.to_le_bytes()))?,
-        None => cpu.probe_write(linear, T::BYTES)?,
+    if let Some(value) = value {
+        cpu.store::<T>(linear, T::from_bytes(value.to_le_bytes()))?;
     }
     cpu.note_operand(op, linear);
     cpu.x87_commit(raised);
@@ -361,9 +360,8 @@ fn fbstp(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.require_x87()?;
     let linear = cpu.ea(op);
     let (value, raised) = to_store::<host::StoreBcd>(cpu);
-    match value {
-        Some(value) => store_ten(cpu, linear, value)?,
-        None => cpu.probe_write(linear, 10)?,
+    if let Some(value) = value {
+        store_ten(cpu, linear, value)?;
     }
     cpu.note_operand(op, linear);
     cpu.x87_commit(raised);
@@ -413,9 +411,8 @@ fn store_register<const POP: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 fn fstpnce(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.require_x87()?;
     cpu.note_instruction(op);
-    match cpu.fpu.st(0) {
-        Some(value) => cpu.fpu.set_st(op.dst, value),
-        None => cpu.fpu.free(op.dst),
+    if let Some(value) = cpu.fpu.st(0) {
+        cpu.fpu.set_st(op.dst, value);
     }
     cpu.fpu.pop();
     cpu.x87_commit(0);

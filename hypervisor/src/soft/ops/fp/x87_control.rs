@@ -88,6 +88,7 @@ fn ffree<const POP: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     cpu.require_x87()?;
     cpu.note_instruction(op);
     cpu.fpu.free(op.dst);
+    cpu.fpu.status &= !status::C1;
     if POP {
         cpu.fpu.pop();
     }

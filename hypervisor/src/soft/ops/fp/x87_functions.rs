@@ -112,10 +112,11 @@ fn fpatan(cpu: &Cpu, x: F80, y: F80) -> Outcome {
     outcome.and(denormal(&[x, y]))
 }
 
-/// y times a logarithm.
+/// y times a logarithm. Inexact by definition, as on Intel's processors, even where the logarithm is `exact`.
 fn scaled(y: F80, logarithm: Wide, exact: bool, control: u16) -> Outcome {
     let (value, raised) = Wide::from_f80(y).times(logarithm).round(!exact, control);
-    Outcome { value, raised }
+    let tiny = if value.class() == Class::Denormal { status::UE } else { 0 };
+    Outcome { value, raised: raised | tiny | status::PE }
 }
 
 /// FYL2X (vol. 2A, table 3-44).
@@ -139,7 +140,7 @@ fn fyl2x(cpu: &Cpu, x: F80, y: F80) -> Outcome {
             Outcome::exact(F80::infinity(negative))
         }
         (Class::Zero, _) => {
-            return Outcome { value: F80::infinity(negative), raised: status::ZE | denormals };
+            return Outcome { value: F80::infinity(negative), raised: status::ZE };
         }
         (_, Class::Zero) => Outcome::exact(F80::ZERO.with_sign(negative)),
         _ if is_one => Outcome::exact(F80::ZERO.with_sign(y.is_negative())),
@@ -341,6 +342,7 @@ fn remainder<O: Operation>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         if cpu.x87_underflow() {
             cpu.fpu.set_st(0, F80::INDEFINITE);
         }
+        cpu.fpu.status &= !status::C2;
         return Ok(());
     };
     let finite = |x: F80| matches!(x.class(), Class::Normal | Class::Denormal);
@@ -355,7 +357,13 @@ fn remainder<O: Operation>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
         }
     }
     let frame = cpu.x87_run::<O>(a, b, 0);
-    cpu.x87_commit_conditions(frame.status);
+    if frame.st0.class() == Class::QuietNan || frame.suppressed() {
+        // Nothing was divided: no quotient for C0, C1 and C3, and no further step for C2 to ask for.
+        cpu.x87_commit(frame.status & !status::C1);
+        cpu.fpu.status &= !status::C2;
+    } else {
+        cpu.x87_commit_conditions(frame.status);
+    }
     if !frame.suppressed() {
         cpu.fpu.set_st(0, frame.st0);
     }
@@ -370,6 +378,7 @@ fn partial_bits(difference: i32) -> i32 {
 fn partial_remainder(cpu: &mut Cpu, a: F80, divisor: Wide, raised: u16) {
     if raised & !cpu.fpu.control != 0 {
         cpu.x87_commit(raised);
+        cpu.fpu.status &= !status::C2;
         return;
     }
     let control = cpu.fpu.control | status::EXCEPTIONS;
