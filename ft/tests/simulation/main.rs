@@ -20,6 +20,7 @@ mod node;
 mod plant;
 mod process;
 mod rng;
+mod stories;
 mod vcpu;
 mod world;
 

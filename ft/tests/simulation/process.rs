@@ -183,6 +183,13 @@ impl World {
         }
         self.primary_actions(id, actions);
         self.schedule_tick(id);
+        if let Role::Primary(machine) = &self.nodes[id].role
+            && machine.protected()
+        {
+            let mut status = ft::FtStatus::default();
+            machine.status(now, &mut status);
+            self.max_lag_us = self.max_lag_us.max(status.lag_us);
+        }
     }
 
     pub fn step_backup(&mut self, id: usize, input: backup::Input) {
@@ -327,7 +334,9 @@ impl World {
                     let delay = self.rng.range(500, 10_000);
                     self.after(delay, Happening::Accept { at: end });
                 }
-                backup::Action::LoadPages { .. } | backup::Action::LoadZeroPages { .. } => {}
+                backup::Action::LoadPayload { .. }
+                | backup::Action::LoadPages { .. }
+                | backup::Action::LoadZeroPages { .. } => {}
                 backup::Action::LoadState { point, bytes } => {
                     let node = &mut self.nodes[id];
                     node.guest = Some(postcard::from_bytes(&bytes).expect("a guest"));
@@ -350,6 +359,7 @@ impl World {
                 backup::Action::Claim { generation, who, .. } => self.claim(id, generation, who),
                 backup::Action::GoLive { generation, failover } => {
                     self.note(|| format!("host{id} goes live: {failover:?}"));
+                    self.failover_us.extend(failover.live_us);
                     self.go_live(id, generation.0);
                 }
                 backup::Action::Discard { reason } => {
@@ -375,11 +385,11 @@ impl World {
             if checked {
                 self.checkers.released(end, &tagged);
             }
-            self.to_back_half(id, tagged);
+            self.give_to_back_half(id, tagged);
         }
     }
 
-    pub fn to_back_half(&mut self, id: usize, tagged: Tagged) {
+    pub fn give_to_back_half(&mut self, id: usize, tagged: Tagged) {
         let node = &mut self.nodes[id];
         node.back.push_back(tagged);
         if !std::mem::replace(&mut node.back_scheduled, true) {
@@ -472,7 +482,7 @@ impl World {
         let answers = kept.into_iter().filter(|(_, out)| matches!(out, Output::Answer { .. }));
         outputs.extend(answers);
         for (number, output) in outputs {
-            self.to_back_half(id, Tagged { number, output, generation, position: None });
+            self.give_to_back_half(id, Tagged { number, output, generation, position: None });
         }
     }
 
@@ -496,6 +506,7 @@ impl World {
         let at = self.nodes[id].end();
         let delay = self.rng.range(500, 20_000);
         if step < 2 {
+            self.send(id, &Message::Payload { bytes: vec![1; 100] });
             let page = vec![7; ft::message::PAGE_BYTES];
             let first = u64::from(step);
             self.send(id, &Message::Pages { first, bytes: page });

@@ -45,7 +45,7 @@ impl World {
         guest.run_to(guest.point + INSTRUCTIONS, &mut outputs);
         let generation = node.generation;
         for (_, number, output) in outputs {
-            self.to_back_half(id, Tagged { number, output, generation, position: None });
+            self.give_to_back_half(id, Tagged { number, output, generation, position: None });
         }
     }
 

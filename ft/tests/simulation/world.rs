@@ -131,6 +131,9 @@ pub struct World {
     pub trace: Option<Vec<String>>,
     pub protections: u64,
     pub failovers: u64,
+    /// How long each took since the primary was heard last.
+    pub failover_us: Vec<u64>,
+    pub max_lag_us: u64,
 }
 
 /// How a run went.
@@ -141,6 +144,8 @@ pub struct Outcome {
     pub answered: u64,
     pub protections: u64,
     pub failovers: u64,
+    pub failover_us: Vec<u64>,
+    pub max_lag_us: u64,
     /// The VM was lost because everything that held it was destroyed.
     pub lost: bool,
 }
@@ -171,6 +176,8 @@ impl World {
             trace: traced.then(Vec::new),
             protections: 0,
             failovers: 0,
+            failover_us: Vec::new(),
+            max_lag_us: 0,
         }
     }
 
@@ -234,6 +241,8 @@ impl World {
             trace: self.trace.unwrap_or_default(),
             protections: self.protections,
             failovers: self.failovers,
+            failover_us: self.failover_us,
+            max_lag_us: self.max_lag_us,
             lost,
         }
     }

@@ -1,0 +1,171 @@
+//! One fault at a time, by name: what an operator would see. Node 0 runs the VM and is protected by node
+//! 1 well before the first fault.
+
+use crate::faults::Fault;
+use crate::world::{Outcome, World};
+
+const AT: u64 = 1_000_000;
+
+/// Tells the story on several worlds: the seeds vary delays, clocks and the third host.
+fn tell(faults: &[(u64, Fault)], check: impl Fn(&Outcome)) {
+    for seed in 1..=8 {
+        let outcome = World::story(seed, faults);
+        let told = || println!("seed {seed}:\n{}", outcome.trace.join("\n"));
+        if let Some(violation) = &outcome.violation {
+            told();
+            panic!("seed {seed}: {violation:?}");
+        }
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(&outcome))).is_err() {
+            told();
+            panic!("seed {seed}: the story ended otherwise");
+        }
+    }
+}
+
+fn said(outcome: &Outcome, text: &str) -> bool {
+    outcome.trace.iter().any(|line| line.contains(text))
+}
+
+#[test]
+fn nothing_happens() {
+    tell(&[], |outcome| {
+        assert!(outcome.failovers == 0 && outcome.protections == 1 && outcome.answered > 100);
+    });
+}
+
+#[test]
+fn primary_is_killed() {
+    tell(&[(AT, Fault::CrashProcess { node: 0 })], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        // The lease and its margin, and the claim.
+        assert!(outcome.failover_us[0] < 300_000, "took {} us", outcome.failover_us[0]);
+        assert!(outcome.protections >= 2, "a new backup was made");
+    });
+}
+
+#[test]
+fn primary_host_loses_power() {
+    tell(&[(AT, Fault::CrashHost { node: 0 })], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(said(outcome, "the primary was silent for"));
+    });
+}
+
+#[test]
+fn backup_is_killed() {
+    tell(&[(AT, Fault::CrashProcess { node: 1 })], |outcome| {
+        assert!(outcome.failovers == 0 && !outcome.lost && outcome.protections >= 2);
+        assert!(said(outcome, "host0 goes alone"));
+    });
+}
+
+#[test]
+fn both_are_killed() {
+    let faults = [(AT, Fault::CrashProcess { node: 0 }), (AT, Fault::CrashProcess { node: 1 })];
+    tell(&faults, |outcome| assert!(outcome.lost));
+}
+
+#[test]
+fn primary_is_frozen_and_thaws_after_its_successor_went_live() {
+    tell(&[(AT, Fault::Freeze { node: 0, for_us: 2_000_000 })], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(said(outcome, "host0 halts"));
+    });
+}
+
+#[test]
+fn backup_is_frozen_and_thaws_after_the_primary_went_alone() {
+    tell(&[(AT, Fault::Freeze { node: 1, for_us: 2_000_000 })], |outcome| {
+        assert!(outcome.failovers == 0 && !outcome.lost);
+        assert!(said(outcome, "host0 goes alone") && said(outcome, "host1 discards"));
+    });
+}
+
+#[test]
+fn a_short_freeze_costs_nothing() {
+    for node in 0..2 {
+        tell(&[(AT, Fault::Freeze { node, for_us: 120_000 })], |outcome| {
+            assert!(outcome.failovers == 0 && outcome.protections == 1);
+        });
+    }
+}
+
+#[test]
+fn network_is_cut_between_them() {
+    tell(&[(AT, Fault::Partition { for_us: 2_000_000 })], |outcome| {
+        assert!(!outcome.lost);
+        assert!(said(outcome, "goes alone") || outcome.failovers == 1);
+    });
+}
+
+#[test]
+fn connection_breaks_and_both_hosts_live() {
+    tell(&[(AT, Fault::Reset)], |outcome| assert!(!outcome.lost && outcome.protections >= 2));
+}
+
+#[test]
+fn arbiter_is_away_when_the_primary_dies() {
+    let faults = [
+        (AT - 100_000, Fault::ArbiterDown { node: None, for_us: 2_000_000 }),
+        (AT, Fault::CrashProcess { node: 0 }),
+    ];
+    tell(&faults, |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(said(outcome, "waiting for arbiter"));
+        assert!(outcome.failover_us[0] > 1_500_000, "went live without an answer");
+    });
+}
+
+#[test]
+fn arbiter_crashes_between_claim_and_answer() {
+    let faults = [
+        (AT - 100_000, Fault::ArbiterForgetful { for_us: 1_000_000 }),
+        (AT, Fault::CrashProcess { node: 0 }),
+    ];
+    tell(&faults, |outcome| assert!(outcome.failovers == 1 && !outcome.lost));
+}
+
+#[test]
+fn operator_hands_over() {
+    tell(&[(AT, Fault::HandOver)], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(outcome.failover_us[0] < 100_000, "waited for the lease");
+    });
+}
+
+#[test]
+fn operator_forces_a_take_over() {
+    tell(&[(AT, Fault::TakeOver)], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost && said(outcome, "host0 halts"));
+    });
+}
+
+#[test]
+fn operator_ends_protection() {
+    tell(&[(AT, Fault::Disable)], |outcome| {
+        assert!(outcome.failovers == 0 && said(outcome, "host1 discards"));
+    });
+}
+
+#[test]
+fn backup_differs() {
+    tell(&[(AT, Fault::FlipBit)], |outcome| {
+        assert!(outcome.failovers == 0 && outcome.protections >= 2, "a fresh copy was made");
+        assert!(said(outcome, "hears that the backup differs"));
+    });
+}
+
+#[test]
+fn garbage_on_the_channel() {
+    for to in 0..2 {
+        tell(&[(AT, Fault::Garbage { to })], |outcome| assert!(!outcome.lost));
+    }
+}
+
+#[test]
+fn backup_is_slow() {
+    tell(&[(AT, Fault::SlowReplay { for_us: 2_000_000 })], |outcome| {
+        assert!(outcome.failovers == 0 && outcome.protections == 1);
+        assert!(outcome.max_lag_us < 200_000, "lag reached {} us", outcome.max_lag_us);
+    });
+}
