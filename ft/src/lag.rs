@@ -4,6 +4,10 @@
 //!
 //! Measured on the primary's clock alone: when a position was appended, and when the backup's report
 //! of having executed it arrived. It includes the way there and back, and so errs on the safe side.
+//!
+//! What is measured is old news: when a slow backup reports that a record took 100 ms, those behind it
+//! will take longer still. So the loop acts on what is coming, the instructions recorded and not yet
+//! executed by the rate at which the backup executes.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,6 +26,9 @@ const MAX_SAMPLES: usize = 4096;
 /// Appends closer than this share a sample.
 const GRAIN: Duration = Duration::from_micros(200);
 
+/// Reports closer than this say little about the rate.
+const RATE_PERIOD: Duration = Duration::from_millis(4);
+
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     end: LogPosition,
@@ -36,7 +43,12 @@ pub struct LagControl {
     max_lag: Duration,
     samples: VecDeque<Sample>,
     executed: LogPosition,
-    last_lag: Duration,
+    recorded_point: ExecutionPoint,
+    executed_point: ExecutionPoint,
+    /// Since when the backup has had something to execute all the time, and its point then.
+    busy_from: Option<(Duration, ExecutionPoint)>,
+    /// Instructions per second that it executes when it has something to execute.
+    rate: Option<f64>,
     lags: Histogram,
     throttle: f64,
     next: Duration,
@@ -49,7 +61,10 @@ impl LagControl {
             max_lag,
             samples: VecDeque::new(),
             executed: LogPosition(0),
-            last_lag: Duration::ZERO,
+            recorded_point: ExecutionPoint(0),
+            executed_point: ExecutionPoint(0),
+            busy_from: None,
+            rate: None,
             lags: Histogram::default(),
             throttle: 0.0,
             next: now + PERIOD,
@@ -58,6 +73,7 @@ impl LagControl {
 
     /// The log now ends at `end`, the last record being at `point`.
     pub fn appended(&mut self, now: Duration, end: LogPosition, point: ExecutionPoint) {
+        self.recorded_point = point;
         let full = self.samples.len() >= MAX_SAMPLES;
         if let Some(last) = self.samples.back_mut()
             && (full || now.saturating_sub(last.first) < GRAIN)
@@ -68,21 +84,48 @@ impl LagControl {
         self.samples.push_back(Sample { end, point, first: now, last: now });
     }
 
-    /// The backup has executed the log up to `position`.
-    pub fn executed(&mut self, now: Duration, position: LogPosition) {
+    /// The backup has executed the log up to `position`, and has come to `point`.
+    pub fn executed(&mut self, now: Duration, position: LogPosition, point: ExecutionPoint) {
         self.executed = self.executed.max(position);
         let mut newest = None;
         while self.samples.front().is_some_and(|sample| sample.end <= self.executed) {
             newest = self.samples.pop_front();
         }
         if let Some(sample) = newest {
-            self.last_lag = now.saturating_sub(sample.last);
-            self.lags.add(self.last_lag);
+            self.lags.add(now.saturating_sub(sample.last));
+        }
+        self.executed_point = self.executed_point.max(point);
+        self.measure_rate(now);
+    }
+
+    fn measure_rate(&mut self, now: Duration) {
+        let busy = !self.samples.is_empty();
+        match self.busy_from {
+            Some((since, from)) if busy => {
+                let elapsed = now.saturating_sub(since);
+                if elapsed >= RATE_PERIOD {
+                    let instructions = (self.executed_point.0 - from.0) as f64;
+                    let measured = (instructions / elapsed.as_secs_f64()).max(1.0);
+                    self.rate = Some(self.rate.map_or(measured, |rate| (rate + measured) / 2.0));
+                    self.busy_from = Some((now, self.executed_point));
+                }
+            }
+            _ => self.busy_from = busy.then_some((now, self.executed_point)),
         }
     }
 
-    /// The lag now: the age of the oldest record not executed, and not less than what was measured
-    /// last while more is outstanding; zero when all was executed.
+    /// How long the backup will take for what it has not executed.
+    fn ahead(&self) -> Duration {
+        match (self.rate, self.samples.is_empty()) {
+            (Some(rate), false) => {
+                let left = self.recorded_point.0.saturating_sub(self.executed_point.0) as f64;
+                Duration::from_secs_f64((left / rate).min(3600.0))
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// The lag now: the age of the oldest record not executed; zero when all were.
     pub fn lag(&self, now: Duration) -> Duration {
         match self.samples.front() {
             Some(sample) => now.saturating_sub(sample.first),
@@ -103,7 +146,7 @@ impl LagControl {
         }
         self.next = now + PERIOD;
         let before = self.throttle;
-        let ratio = self.lag(now).as_secs_f64() / self.max_lag.as_secs_f64();
+        let ratio = self.lag(now).max(self.ahead()).as_secs_f64() / self.max_lag.as_secs_f64();
         self.throttle = if ratio >= 1.0 {
             1.0
         } else if ratio > 0.5 {

@@ -301,6 +301,11 @@ impl FrameReader {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Bytes held that no message was made of yet.
+    pub fn pending_bytes(&self) -> usize {
+        self.buffer.len() - self.read
+    }
+
     /// The next whole message. After an error the connection is of no use.
     pub fn next_message(&mut self) -> Result<Option<Message>, MessageError> {
         let rest = &self.buffer[self.read..];

@@ -53,7 +53,7 @@ impl Primary {
                 self.executed = self.executed.max(position);
                 self.executed_point = self.executed_point.max(point);
                 self.digests_compared = digests_compared;
-                self.lag.executed(now, position);
+                self.lag.executed(now, position, self.executed_point);
             }
             Message::DigestUnequal { point, unequal } => {
                 let cause = format!("the backup's {} differs", clip(&unequal.component));

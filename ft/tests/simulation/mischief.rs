@@ -30,7 +30,9 @@ impl World {
             Fault::Reset => self.reset(),
             Fault::SlowLink { for_us } => self.network.slow_until = t + for_us,
             Fault::Garbage { to } => {
-                if let Some((connection, end)) = self.nodes[to].connection {
+                if let Some((connection, end)) = self.nodes[to].connection
+                    && self.nodes[to].reader.pending_bytes() == 0
+                {
                     let packet = Packet::Bytes(vec![0xff; 64]);
                     self.after(0, Happening::Arrives { connection, end, packet });
                 }

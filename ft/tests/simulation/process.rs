@@ -189,6 +189,10 @@ impl World {
             let mut status = ft::FtStatus::default();
             machine.status(now, &mut status);
             self.max_lag_us = self.max_lag_us.max(status.lag_us);
+            if status.lag_us > terms(0).timing.max_lag_ms * 1_000 {
+                self.lagging_us += self.t - self.lag_seen;
+            }
+            self.lag_seen = self.t;
         }
     }
 

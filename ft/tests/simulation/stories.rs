@@ -166,6 +166,9 @@ fn garbage_on_the_channel() {
 fn backup_is_slow() {
     tell(&[(AT, Fault::SlowReplay { for_us: 2_000_000 })], |outcome| {
         assert!(outcome.failovers == 0 && outcome.protections == 1);
-        assert!(outcome.max_lag_us < 200_000, "lag reached {} us", outcome.max_lag_us);
+        // From one moment to the next it has a quarter of its speed: for that moment lag may pass.
+        assert!(outcome.max_lag_us < 300_000, "lag reached {} us", outcome.max_lag_us);
+        assert!(outcome.lagging_us < 500_000, "lagged for {} us", outcome.lagging_us);
+        assert!(outcome.throttle < 0.01, "the primary has its full speed back");
     });
 }

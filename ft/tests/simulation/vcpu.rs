@@ -124,9 +124,13 @@ impl World {
         let mut unequal = None;
         // A backup may be a little faster than its primary, or it would never catch up.
         while guest.point < start + 2 * INSTRUCTIONS {
-            let record = match node.decoder.next_record().expect("the log is sound") {
-                Some((record, _)) => record,
-                None => match node.log.pop_front() {
+            let record = match node.decoder.next_record() {
+                Ok(Some((record, _))) => record,
+                Err(error) => {
+                    let reason = error.to_string();
+                    return self.step_backup(id, backup::Input::Failed { reason });
+                }
+                Ok(None) => match node.log.pop_front() {
                     Some(bytes) => {
                         node.decoder.push(&bytes);
                         continue;

@@ -134,6 +134,9 @@ pub struct World {
     /// How long each took since the primary was heard last.
     pub failover_us: Vec<u64>,
     pub max_lag_us: u64,
+    /// Time with more lag than allowed.
+    pub lagging_us: u64,
+    pub lag_seen: u64,
 }
 
 /// How a run went.
@@ -146,6 +149,9 @@ pub struct Outcome {
     pub failovers: u64,
     pub failover_us: Vec<u64>,
     pub max_lag_us: u64,
+    pub lagging_us: u64,
+    /// CPU time taken from the primary at the end.
+    pub throttle: f64,
     /// The VM was lost because everything that held it was destroyed.
     pub lost: bool,
 }
@@ -178,6 +184,8 @@ impl World {
             failovers: 0,
             failover_us: Vec::new(),
             max_lag_us: 0,
+            lagging_us: 0,
+            lag_seen: 0,
         }
     }
 
@@ -243,6 +251,8 @@ impl World {
             failovers: self.failovers,
             failover_us: self.failover_us,
             max_lag_us: self.max_lag_us,
+            lagging_us: self.lagging_us,
+            throttle: self.nodes.iter().map(|node| node.throttle).fold(0.0, f64::max),
             lost,
         }
     }
