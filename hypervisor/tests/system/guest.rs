@@ -250,6 +250,11 @@ impl Guest {
         self.write_bytes(0, &bytes);
     }
 
+    /// Whether another guest has the same memory.
+    pub fn memory_equals(&self, other: &Guest) -> bool {
+        self.read_bytes(0, RAM) == other.read_bytes(0, RAM)
+    }
+
     fn enter_user(&mut self, selector: u16) {
         self.kernel(|a| {
             a.push(i32::from(USER_DATA))?;
