@@ -23,6 +23,9 @@ const PAGE_MASK: u64 = !(PAGE_SIZE as u64 - 1);
 const DR6_BS: u64 = 1 << 14;
 /// Unknown instructions logged before the log falls silent: a guest must not fill the host's disk.
 const MAX_UNKNOWN_LOGGED: u32 = 64;
+/// Exceptions and interrupts in a row, without an instruction retired between them, that end in a shutdown. Each takes at
+/// least 40 bytes of a stack, so no guest that works comes near.
+const MAX_DELIVERIES: u32 = 10_000;
 
 /// The processor with its block cache.
 pub(super) struct Core {
@@ -33,17 +36,30 @@ pub(super) struct Core {
     kicked: Arc<AtomicBool>,
     unknown_logged: u32,
     stale: Vec<u64>,
+    /// The count at which something was delivered last, and how often since an instruction retired.
+    delivered_at: u64,
+    deliveries: u32,
 }
 
 impl Core {
     pub(super) fn new(cpu: Box<Cpu>, kicked: Arc<AtomicBool>) -> Core {
-        Core { cpu, blocks: Blocks::new(), last: 0, kicked, unknown_logged: 0, stale: Vec::new() }
+        Core {
+            cpu,
+            blocks: Blocks::new(),
+            last: 0,
+            kicked,
+            unknown_logged: 0,
+            stale: Vec::new(),
+            delivered_at: 0,
+            deliveries: 0,
+        }
     }
 
     /// Executes until an exit. The caller has set the bus.
     pub(super) fn execute(&mut self, until: u64) -> Exit {
         // Whether this is the first moment of this count.
         let mut first_moment = true;
+        self.deliveries = 0;
         loop {
             self.drop_written_code();
             let cpu = &mut *self.cpu;
@@ -279,6 +295,23 @@ impl Core {
         // What the outer loop decided, such as to step singly, held for the interrupted code.
         self.cpu.attention = true;
         self.drop_written_code();
+        self.count_delivery();
+    }
+
+    /// A guest whose handlers fault at their first instruction, whatever the fault, would never again come to a
+    /// moment at which `run` may return.
+    fn count_delivery(&mut self) {
+        if self.cpu.retired != self.delivered_at {
+            self.delivered_at = self.cpu.retired;
+            self.deliveries = 0;
+        }
+        self.deliveries += 1;
+        if self.deliveries > MAX_DELIVERIES {
+            log::warn!(
+                "the guest only faults, without executing anything: shut down like a triple fault"
+            );
+            self.cpu.shutdown = true;
+        }
     }
 
     /// Drops the blocks of pages that were written.

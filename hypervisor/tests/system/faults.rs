@@ -331,3 +331,18 @@ fn faults_do_not_count_and_change_nothing() {
     let (first, second) = (guest.read(DATA) as u32, guest.read(DATA + 4) as u32);
     assert_eq!(second - first, 4, "RDTSC, MOV, ADD, IRETQ");
 }
+
+#[test]
+fn handlers_that_cannot_run_end_in_shutdown() {
+    // The double fault's stack starts anew each time, so this would go on for ever.
+    let mut guest = Guest::new();
+    guest.gate(8, Guest::handler(8), 0x8e, 1);
+    for page in [0x4000, 0x5000] {
+        guest.map(page, page | P | W | NX);
+    }
+    guest.kernel(|a| {
+        a.ud2()?;
+        Ok(vec![])
+    });
+    assert_eq!(guest.run_to_exit(), Exit::Shutdown);
+}

@@ -10,7 +10,7 @@ use iced_x86::code_asm::*;
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 
-const CASES: u64 = 400;
+const CASES: u64 = 200;
 const INSTRUCTIONS: u64 = 3000;
 const SKIP: u64 = KERNEL + 0x5000;
 const SKIP_WITH_CODE: u64 = KERNEL + 0x5100;
