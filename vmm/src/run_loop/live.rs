@@ -90,7 +90,7 @@ impl Live {
 
     /// Applies an input here and logs it.
     pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
-        self.wake(guest);
+        self.wake(guest)?;
         guest.apply(&event)?;
         self.record(guest, Entry::Event(event));
         self.drain_effects(guest).map(|_| ())
@@ -107,11 +107,11 @@ impl Live {
         if !guest.counts_exactly() {
             return self.advance_uncounted(guest);
         }
-        self.wake(guest);
+        self.wake(guest)?;
         if guest.point().0 >= self.anchor_due {
             let anchor = self.pacer.next_while_running(guest.point().0, guest.tsc());
             self.set_anchor(guest, anchor);
-            self.between_quanta(guest)?;
+            self.between_anchors(guest)?;
             if let Some(pause) = self.recorder.as_ref().and_then(|r| r.throttle_pause()) {
                 return Ok(Next::Wait(Some(pause)));
             }
@@ -153,11 +153,13 @@ impl Live {
     }
 
     /// Lets a sleeping guest's clock catch up, which may fire its timer.
-    fn wake(&mut self, guest: &mut Guest) {
-        if std::mem::take(&mut self.asleep) {
-            let anchor = self.pacer.next_after_halt(guest.point().0, guest.tsc());
-            self.set_anchor(guest, anchor);
+    fn wake(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
+        if !std::mem::take(&mut self.asleep) {
+            return Ok(());
         }
+        let anchor = self.pacer.next_after_halt(guest.point().0, guest.tsc());
+        self.set_anchor(guest, anchor);
+        self.between_anchors(guest)
     }
 
     fn set_anchor(&mut self, guest: &mut Guest, anchor: Anchor) {
@@ -166,8 +168,8 @@ impl Live {
         self.record(guest, Entry::Event(Event::Anchor { tsc: anchor.tsc, rate: anchor.rate }));
     }
 
-    /// Housekeeping of the log, once a quantum.
-    fn between_quanta(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
+    /// Housekeeping of the log, at each anchor.
+    fn between_anchors(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
         let Some(recorder) = &mut self.recorder else { return Ok(()) };
         recorder.record_released(guest.point());
         if guest.tsc() >= self.next_digest_tsc {
