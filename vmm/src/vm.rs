@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ft::Event;
 use hypervisor::{GuestMemory, Hypervisor};
@@ -103,6 +103,10 @@ impl Outlet for BackHalves {
 
     fn open_disks(&self) {
         self.with(Backends::disk_valves).iter().for_each(|valve| valve.open());
+    }
+
+    fn set_lease(&self, until: Option<Duration>) {
+        self.with(Backends::disk_valves).iter().for_each(|valve| valve.set_lease(until));
     }
 
     fn announce(&self) {

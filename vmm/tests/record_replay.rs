@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use ft::{Digest, Event, ExecutionPoint, LogPosition, Unequal};
@@ -62,6 +62,7 @@ impl Outlet for BackHalves {
     }
     fn close_disks(&self) {}
     fn open_disks(&self) {}
+    fn set_lease(&self, _until: Option<Duration>) {}
     fn announce(&self) {
         self.with(|backends| backends.announce());
     }

@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::time::{ClockId, clock_gettime};
 
 use crate::effect::{BlockCompletion, BlockOp, BlockRequest, BlockStatus, SECTOR_SIZE};
 
@@ -175,7 +177,11 @@ impl BlockBack {
     }
 }
 
-/// Lets a disk's requests through, one at a time.
+/// Lets a disk's requests through, one at a time, and only while this side may write.
+///
+/// A primary may write as long as it holds a lease, which its backup renews. A process that was frozen
+/// and wakes after its successor went live finds the lease run out right before the system call, and
+/// writes nothing.
 #[derive(Debug, Default)]
 pub struct Valve {
     state: Mutex<ValveState>,
@@ -187,6 +193,8 @@ struct ValveState {
     flow: Flow,
     /// A request is being executed.
     busy: bool,
+    /// Until when requests may begin, by `CLOCK_BOOTTIME`; `None`: for ever.
+    lease: Option<Duration>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +205,13 @@ enum Flow {
     Closed,
     /// Requests are forgotten, for good.
     Halted,
+}
+
+impl ValveState {
+    fn lease_is_over(&self) -> bool {
+        let now = || clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::MAX, Duration::from);
+        self.lease.is_some_and(|until| now() >= until)
+    }
 }
 
 impl Valve {
@@ -214,6 +229,13 @@ impl Valve {
         self.set(Flow::Open);
     }
 
+    /// Lets no request begin after `until` (`CLOCK_BOOTTIME`, which counts while the host sleeps); `None`
+    /// for a side that needs no lease.
+    pub fn set_lease(&self, until: Option<Duration>) {
+        self.lock().lease = until;
+        self.changed.notify_all();
+    }
+
     fn set(&self, flow: Flow) {
         let mut state = self.lock();
         if state.flow != Flow::Halted {
@@ -222,10 +244,10 @@ impl Valve {
         }
     }
 
-    /// Waits for the valve to open. False if it is halted.
+    /// Waits until a request may begin. False if it is halted.
     fn enter(&self) -> bool {
         let mut state = self.lock();
-        while state.flow == Flow::Closed {
+        while state.flow == Flow::Closed || (state.flow == Flow::Open && state.lease_is_over()) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.busy = state.flow == Flow::Open;
@@ -244,8 +266,12 @@ impl Valve {
 
 impl Drop for BlockBack {
     fn drop(&mut self) {
-        // Nobody is left to open a closed valve; what waited behind it belongs to another host now.
-        if self.image.valve.lock().flow == Flow::Closed {
+        // Nobody is left to open a closed valve or to renew a lease; what waits belongs to another host.
+        let stuck = {
+            let state = self.image.valve.lock();
+            state.flow == Flow::Closed || state.lease.is_some()
+        };
+        if stuck {
             self.halt();
         }
         // The thread ends when its channel is closed and empty.
@@ -503,5 +529,24 @@ mod tests {
         valve.open();
         assert_eq!((done.recv().unwrap(), done.recv().unwrap()), (1, 2));
         assert_eq!(std::fs::read(file.path()).unwrap(), vec![3; 8 * 512]);
+    }
+
+    #[test]
+    fn without_a_lease_nothing_is_written() {
+        let file = image(8);
+        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let (sender, done) = mpsc::channel();
+        back.start(Box::new(move |completion| sender.send(completion.id).unwrap())).unwrap();
+        let valve = back.valve();
+        valve.set_lease(Some(Duration::from_nanos(1)));
+        back.submit(BlockRequest { id: 0, op: write(0, 1, 8) });
+        assert_eq!(done.try_recv(), Err(mpsc::TryRecvError::Empty));
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![0; 8 * 512]);
+        valve.set_lease(Some(Duration::MAX));
+        assert_eq!(done.recv().unwrap(), 0);
+        valve.set_lease(Some(Duration::from_nanos(1)));
+        back.submit(BlockRequest { id: 1, op: write(0, 2, 8) });
+        back.stop();
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![1; 8 * 512]);
     }
 }

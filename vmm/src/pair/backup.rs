@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use ft::backup::{Action, Input};
+use ft::backup::{Action, IllegalInput, Input};
 use ft::message::{CloneStart, PAGE_BYTES};
 use ft::{
     Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Message,
@@ -217,13 +217,18 @@ impl BackupSide {
     }
 
     fn step(&mut self, input: Input) {
-        let mut actions = Vec::new();
-        // An illegal input is a bug of this file; the machine has not changed.
-        if let Err(error) = self.machine.step(boot_time(), input, &mut actions) {
+        if let Err(error) = self.try_step(input) {
+            // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
         }
+    }
+
+    fn try_step(&mut self, input: Input) -> Result<(), IllegalInput> {
+        let mut actions = Vec::new();
+        let result = self.machine.step(boot_time(), input, &mut actions);
         self.actions.extend(actions);
         self.perform();
+        result
     }
 
     fn lose(&mut self, reason: String) {
@@ -272,11 +277,8 @@ impl BackupSide {
                 }
                 Inward::Guest(input) => self.step(input),
                 Inward::Operator(input, reply) => {
-                    let mut actions = Vec::new();
-                    let result = self.machine.step(boot_time(), input, &mut actions);
-                    self.actions.extend(actions);
+                    let result = self.try_step(input);
                     let _ = reply.send(result.map_err(|error| error.to_string()));
-                    self.perform();
                 }
             }
         }

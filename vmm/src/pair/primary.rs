@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
-use ft::primary::{Action, Input};
+use ft::primary::{Action, IllegalInput, Input};
 use ft::status::{CloneStatus, Failover, FtStatus};
 use ft::{
     Arbiter, ExecutionPoint, Generation, LogPosition, Message, OutputGate, Primary, PrimaryConfig,
@@ -119,6 +119,7 @@ impl PrimaryThread {
             quiescing: None,
             clone_sent: false,
             progress: Arc::default(),
+            lease: None,
             waker: Arc::clone(&waker),
             started: Some(started),
             status: status.clone(),
@@ -195,6 +196,8 @@ struct PrimarySide {
     /// The guest records, and what it records may be sent.
     clone_sent: bool,
     progress: Arc<CloneProgress>,
+    /// Until when disk requests may begin, as the back halves know it.
+    lease: Option<Duration>,
     waker: Arc<EventFd>,
     started: Option<Sender<Result<(), String>>>,
     status: StatusCell,
@@ -223,13 +226,29 @@ impl PrimarySide {
     }
 
     fn step(&mut self, input: Input) {
-        let mut actions = Vec::new();
-        // An illegal input is a bug of this file; the machine has not changed.
-        if let Err(error) = self.machine.step(boot_time(), input, &mut actions) {
+        if let Err(error) = self.try_step(input) {
+            // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
         }
+    }
+
+    fn try_step(&mut self, input: Input) -> Result<(), IllegalInput> {
+        let mut actions = Vec::new();
+        let result = self.machine.step(boot_time(), input, &mut actions);
         self.actions.extend(actions);
+        self.renew_lease();
         self.perform();
+        result
+    }
+
+    /// Outputs that have been released but not yet performed are the back halves' to stop.
+    fn renew_lease(&mut self) {
+        let until = self.machine.lease_until();
+        let lease = (until < Duration::MAX).then_some(until);
+        if lease != self.lease {
+            self.lease = lease;
+            self.outlet.set_lease(lease);
+        }
     }
 
     fn lose(&mut self, reason: String) {
@@ -313,11 +332,8 @@ impl PrimarySide {
                 }
                 Inward::Quiesced => self.step(Input::Quiesced),
                 Inward::Operator(input, reply) => {
-                    let mut actions = Vec::new();
-                    let result = self.machine.step(boot_time(), input, &mut actions);
-                    self.actions.extend(actions);
+                    let result = self.try_step(input);
                     let _ = reply.send(result.map_err(|error| error.to_string()));
-                    self.perform();
                 }
             }
         }

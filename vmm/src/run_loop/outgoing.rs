@@ -1,5 +1,7 @@
 //! What leaves a guest, and the way it takes.
 
+use std::time::Duration;
+
 use virtio_devices::{BlockOp, BlockRequest};
 
 use crate::machine::MachineEffect;
@@ -21,6 +23,8 @@ pub trait Outlet: Send + Sync {
     fn close_disks(&self);
     /// Lets disk requests begin again, those that waited first.
     fn open_disks(&self);
+    /// Lets no disk request begin after `until`, by `CLOCK_BOOTTIME`; `None`: no such limit.
+    fn set_lease(&self, until: Option<Duration>);
     /// Tells the network where the guest's addresses are now.
     fn announce(&self);
 }
