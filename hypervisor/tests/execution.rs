@@ -45,7 +45,7 @@ struct Guest {
 impl Guest {
     /// A processor at the start of `code`, with the first GiB mapped to itself.
     fn new(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Guest {
-        let mut guest = Guest::empty();
+        let guest = Guest::empty();
         guest.assemble(CODE, code);
         guest
     }
