@@ -58,6 +58,8 @@ struct State {
     config: Option<VmConfig>,
     vm: Option<Vm>,
     end: Option<VmEnd>,
+    /// The VM lives elsewhere now, or may do: here it stands still for good.
+    halted: bool,
     /// The pair this VM is or was part of, and the generation it lives in.
     membership: Option<(PairId, Generation)>,
     /// What remains to be told of protection that has ended.
@@ -126,6 +128,7 @@ impl Vmm {
         self.end_protection(reason);
         let mut state = self.lock();
         state.end = None;
+        state.halted = false;
         state.membership = None;
         let vm = state.vm.take();
         let config = state.config.clone();
@@ -234,6 +237,7 @@ impl Control for Vmm {
     fn state(&self) -> Option<VmState> {
         let state = self.lock();
         match (&state.config, &state.vm) {
+            (_, Some(_)) if state.halted => Some(VmState::Shutdown),
             (_, Some(vm)) if vm.paused() => Some(VmState::Paused),
             (_, Some(_)) => Some(VmState::Running),
             (Some(_), None) => Some(VmState::Created),
@@ -494,9 +498,12 @@ impl PrimaryObserver for Observer {
 
     fn halted(&self, reason: &str) {
         log::warn!("the VM has been halted here: {reason}");
-        if let Some(vm) = &lock(&self.state).vm {
+        let mut state = lock(&self.state);
+        state.halted = true;
+        if let Some(vm) = &state.vm {
             vm.back_halves().halt_disks();
         }
+        drop(state);
         self.doorbell.ring();
     }
 
