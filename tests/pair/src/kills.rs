@@ -4,6 +4,7 @@ use crate::lab::Lab;
 use crate::network::Side;
 use crate::pair::{Death, Pair, Protected};
 use anyhow::{Context, Result, bail};
+use ft::FtStatus;
 use ledger_client::load::{Acknowledged, Load, Options};
 use ledger_client::stats::Distribution;
 use ledger_client::verdict::Verdict;
@@ -37,7 +38,7 @@ pub struct Kill {
     /// From the death to the first answer of the new primary.
     pub failover: Duration,
     /// `ft.status` of the new primary after that answer.
-    pub status: Value,
+    pub status: FtStatus,
     /// Digests compared while the pair stood.
     pub digests: u64,
 }
@@ -94,9 +95,7 @@ impl Plan {
             connections: self.connections,
             ..Options::new(address, &format!("seed{}", self.seed))
         })?;
-        let kills = self.kill_all(&mut pair, &load, tell).with_context(|| {
-            format!("the new primary's console ends with: {}", end(&pair.primary.console.text()))
-        })?;
+        let kills = self.kill_all(&mut pair, &load, tell).with_context(|| pair.describe())?;
         let answers = load.stop()?;
         let lab = pair.power_off()?;
         let contents = lab.disk.ledger()?;
@@ -146,9 +145,4 @@ pub fn progress(load: &Load, more: usize) -> Result<Duration> {
     let start = Instant::now();
     load.wait_for_answers(load.answered() + more)?;
     Ok(start.elapsed())
-}
-
-fn end(text: &str) -> &str {
-    let from = text.len().saturating_sub(2000);
-    (from..=text.len()).find_map(|at| text.get(at..)).unwrap_or_default()
 }

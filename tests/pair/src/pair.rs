@@ -5,13 +5,16 @@ use crate::network::Side;
 use crate::patience::eventually;
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use ft::FtStatus;
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 /// Time the guest may take from start to its shell.
 pub const BOOT: Duration = Duration::from_secs(30);
 /// Time any change of the pair's state may take.
 pub const CHANGE: Duration = Duration::from_secs(60);
+/// States of a primary that has no backup and wants none.
+const UNPROTECTED: [&str; 3] = ["unprotected", "abandoned", "alone"];
 /// Port of the logging channel.
 pub const LOGGING_PORT: u16 = 7700;
 
@@ -74,13 +77,15 @@ impl Pair {
             "arbiter_url": format!("file:{}", self.lab.claims().display()),
         });
         self.primary.api().put_json("ft.enable", &enable)?;
-        for (vmm, role) in [(&self.primary, "primary"), (&backup, "backup")] {
-            wait_for_status(vmm, &format!("{role}, protected"), |status| {
-                status["state"] == "protected" && status["role"] == role
-            })?;
-        }
+        let status = wait_for_status(&self.primary, "protected", |status| {
+            status.role == "primary" && status.state == "protected"
+        })?;
+        wait_for_status(&backup, "replaying", |status| {
+            status.role == "backup" && status.state == "replaying"
+        })?;
         let took = started.elapsed();
-        let pause = self.status()?["protect_pause_us"].as_u64().context("no protect_pause_us")?;
+        let pause =
+            status.clone.and_then(|clone| clone.pause_us).context("no pause in ft.status")?;
         self.backup = Some(backup);
         Ok(Protected { took, pause: Duration::from_micros(pause) })
     }
@@ -129,10 +134,21 @@ impl Pair {
     /// # Errors
     ///
     /// If it does not within [`CHANGE`].
-    pub fn wait_until_alone(&self) -> Result<Value> {
-        wait_for_status(&self.primary, "unprotected", |status| {
-            status["state"] == "unprotected" && status["role"] != "backup"
+    pub fn wait_until_alone(&self) -> Result<FtStatus> {
+        wait_for_status(&self.primary, "alone or unprotected", |status| {
+            status.role == "alone" || UNPROTECTED.contains(&status.state.as_str())
         })
+    }
+
+    /// Where both sides stand, for the account of a failure.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let one = |(role, vmm): (&str, &Vmm)| {
+            let status = vmm.ft_status();
+            format!("{role}: {status:?}\nits log ends with:\n{}\n", vmm.log_end())
+        };
+        let sides = std::iter::once(("live side", &self.primary));
+        sides.chain(self.backup.iter().map(|backup| ("backup", backup))).map(one).collect()
     }
 
     /// `ft.status` of the live side.
@@ -140,7 +156,7 @@ impl Pair {
     /// # Errors
     ///
     /// If it does not answer.
-    pub fn status(&self) -> Result<Value> {
+    pub fn status(&self) -> Result<FtStatus> {
         self.primary.ft_status()
     }
 
@@ -153,8 +169,8 @@ impl Pair {
         let mut compared = 0;
         for vmm in std::iter::once(&self.primary).chain(&self.backup) {
             let status = vmm.ft_status()?;
-            ensure!(status["digests_unequal"] == 0, "digests differed: {status}");
-            compared = compared.max(status["digests_compared"].as_u64().unwrap_or(0));
+            ensure!(status.digests_unequal == 0, "digests differed: {status:?}");
+            compared = compared.max(status.digests_compared);
         }
         Ok(compared)
     }
@@ -182,17 +198,15 @@ impl Pair {
 /// # Errors
 ///
 /// With the last status and the end of the log, when [`CHANGE`] runs out or there is no answer.
-pub fn wait_for_status(vmm: &Vmm, what: &str, condition: impl Fn(&Value) -> bool) -> Result<Value> {
-    let mut last = Value::Null;
+pub fn wait_for_status(
+    vmm: &Vmm,
+    what: &str,
+    condition: impl Fn(&FtStatus) -> bool,
+) -> Result<FtStatus> {
+    let mut last = FtStatus::default();
     let found = eventually(CHANGE, what, || {
         last = vmm.ft_status()?;
         Ok(condition(&last).then(|| last.clone()))
     });
-    found.with_context(|| format!("ft.status: {last}\nthe log ends with:\n{}", tail(&vmm.log())))
-}
-
-/// The last lines of a log.
-fn tail(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().collect();
-    lines[lines.len().saturating_sub(20)..].join("\n")
+    found.with_context(|| format!("{last:#?}\nthe log ends with:\n{}", vmm.log_end()))
 }

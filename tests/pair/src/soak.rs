@@ -2,11 +2,11 @@
 
 use crate::lab::Lab;
 use crate::pair::Pair;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use ft::FtStatus;
 use ledger_client::load::Options;
 use ledger_client::stats::Distribution;
 use ledger_client::verdict::Verdict;
-use serde_json::Value;
 use std::time::{Duration, Instant};
 
 /// How often the status is read.
@@ -25,7 +25,7 @@ pub struct Stretch {
     /// Requests answered per second.
     pub answers_per_second: f64,
     /// `ft.status` at the end.
-    pub status: Value,
+    pub status: FtStatus,
 }
 
 /// Watches `pair` for `duration`; `answered` counts requests answered so far.
@@ -37,33 +37,28 @@ pub fn watch(
     pair: &Pair,
     duration: Duration,
     answered: impl Fn() -> usize,
-    mut tell: impl FnMut(Duration, &Value, usize),
+    mut tell: impl FnMut(Duration, &FtStatus, usize),
 ) -> Result<Stretch> {
     let start = Instant::now();
     let answers = answered();
     let mut status = pair.status()?;
-    let log_bytes = bytes(&status)?;
+    let log_bytes = status.log.recorded_bytes;
     let mut lags = Vec::new();
     while start.elapsed() < duration {
         std::thread::sleep(SAMPLE);
         pair.digests_are_equal()?;
         status = pair.status()?;
-        ensure!(status["state"] == "protected", "protection was lost: {status}");
-        let lag = status["lag_us"]["last"].as_u64().context("ft.status has no lag")?;
-        lags.push(Duration::from_micros(lag));
+        ensure!(status.state == "protected", "protection was lost: {status:?}");
+        lags.push(Duration::from_micros(status.lag_us));
         tell(start.elapsed(), &status, answered() - answers);
     }
     let seconds = start.elapsed().as_secs_f64();
     Ok(Stretch {
         lag: Distribution::of(lags),
-        log_mbit_per_second: (bytes(&status)? - log_bytes) as f64 * 8e-6 / seconds,
+        log_mbit_per_second: (status.log.recorded_bytes - log_bytes) as f64 * 8e-6 / seconds,
         answers_per_second: (answered() - answers) as f64 / seconds,
         status,
     })
-}
-
-fn bytes(status: &Value) -> Result<u64> {
-    status["log_bytes"].as_u64().context("ft.status has no log_bytes")
 }
 
 /// Idle for `idle`, under load for `loaded`, both protected; then power off and balance the account.
@@ -75,7 +70,7 @@ pub fn run(
     lab: Lab,
     idle: Duration,
     loaded: Duration,
-    mut tell: impl FnMut(&str, Duration, &Value, usize),
+    mut tell: impl FnMut(&str, Duration, &FtStatus, usize),
 ) -> Result<(Stretch, Stretch, Verdict)> {
     let mut pair = Pair::boot(lab)?;
     pair.protect()?;

@@ -6,6 +6,7 @@ use crate::namespace::Namespace;
 use crate::patience::eventually;
 use anyhow::{Context, Result, bail};
 use api_client::Client;
+use ft::FtStatus;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -46,7 +47,7 @@ impl Vmm {
         let socket = directory.join(format!("{name}.sock"));
         let log = directory.join(format!("{name}.log"));
         let mut command = Command::new(program("dyad")?);
-        command.arg("--api-socket").arg(&socket).args(arguments);
+        command.arg("-v").arg("--api-socket").arg(&socket).args(arguments);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(&log)?);
         let mut child = namespace.spawn(command)?;
         let output = child.stdout.take().context("dyad has no standard output")?;
@@ -74,7 +75,7 @@ impl Vmm {
     /// # Errors
     ///
     /// If the VMM does not answer.
-    pub fn ft_status(&self) -> Result<Value> {
+    pub fn ft_status(&self) -> Result<FtStatus> {
         Ok(self.client.get("ft.status")?)
     }
 
@@ -92,6 +93,14 @@ impl Vmm {
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_else(|error| format!("no log: {error}"))
+    }
+
+    /// The last lines of [`Self::log`].
+    #[must_use]
+    pub fn log_end(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
     }
 
     /// The process.

@@ -1,7 +1,7 @@
 //! A protected guest and everything that can happen to its two sides.
 
 use anyhow::{Context, Result, ensure};
-use ledger_client::load::Options;
+use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
 use nix::sys::signal::Signal;
 use pair_tests::kills::{Plan, progress};
@@ -45,49 +45,52 @@ fn backup_loss_hand_over_take_over_and_disable_go_unnoticed() -> Result<()> {
     }
     let mut pair = Pair::boot(Lab::new()?)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, "story"))?;
-    progress(&load, 20)?;
-
-    pair.protect()?;
-    progress(&load, 20)?;
-    pair.kill_backup()?;
-    pair.wait_until_alone().context("after the loss of the backup")?;
-    progress(&load, 20)?;
-
-    // Hand-over: asked of the primary.
-    pair.protect()?;
-    progress(&load, 20)?;
-    let asked = Instant::now();
-    pair.primary.api().put("ft.failover")?;
-    let mut old = pair.change_sides()?;
-    load.first_answer_after(asked)?;
-    let status = pair.wait_until_alone().context("after the hand-over")?;
-    ensure!(status["last_failover"]["cause"] == "hand-over", "{status}");
-    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
-    progress(&load, 20)?;
-
-    // Take-over: asked of the backup while the primary lives. Only one may go on.
-    pair.protect()?;
-    progress(&load, 20)?;
-    let backup = pair.backup.as_ref().context("there is a backup")?;
-    backup.api().put("ft.failover")?;
-    let mut old = pair.change_sides()?;
-    let status = pair.wait_until_alone().context("after the take-over")?;
-    ensure!(status["last_failover"]["cause"] == "take-over", "{status}");
-    progress(&load, 20)?;
-    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
-
-    // Disable: the backup is discarded and must not go live when the primary dies later.
-    pair.protect()?;
-    progress(&load, 20)?;
-    pair.primary.api().put("ft.disable")?;
-    pair.wait_until_alone().context("after disable")?;
-    progress(&load, 20)?;
-    drop(pair.backup.take());
-
+    changes_of_side(&mut pair, &load).with_context(|| pair.describe())?;
     let answers = load.stop()?;
     let lab = pair.power_off()?;
     let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
     ensure!(verdict.is_clean(), "{verdict:?}");
+    Ok(())
+}
+
+fn changes_of_side(pair: &mut Pair, load: &Load) -> Result<()> {
+    progress(load, 20)?;
+    pair.protect()?;
+    progress(load, 20)?;
+    pair.kill_backup()?;
+    pair.wait_until_alone().context("after the loss of the backup")?;
+    progress(load, 20)?;
+
+    // Hand-over: asked of the primary.
+    pair.protect()?;
+    progress(load, 20)?;
+    let asked = Instant::now();
+    pair.primary.api().put("ft.failover").context("hand-over")?;
+    let mut old = pair.change_sides()?;
+    load.first_answer_after(asked)?;
+    let status = pair.wait_until_alone().context("after the hand-over")?;
+    ensure!(status.role == "alone" && status.last_failover.is_some(), "{status:?}");
+    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
+    progress(load, 20)?;
+
+    // Take-over: asked of the backup while the primary lives. Only one may go on.
+    pair.protect()?;
+    progress(load, 20)?;
+    let backup = pair.backup.as_ref().context("there is a backup")?;
+    backup.api().put("ft.failover").context("take-over")?;
+    let mut old = pair.change_sides()?;
+    let status = pair.wait_until_alone().context("after the take-over")?;
+    ensure!(status.role == "alone" && status.last_failover.is_some(), "{status:?}");
+    progress(load, 20)?;
+    old.kill().or_else(|_| old.wait(CHANGE).map(|_| Instant::now()))?;
+
+    // Disable: the backup is discarded and must not go live when the primary dies later.
+    pair.protect()?;
+    progress(load, 20)?;
+    pair.primary.api().put("ft.disable")?;
+    pair.wait_until_alone().context("after disable")?;
+    progress(load, 20)?;
+    drop(pair.backup.take());
     Ok(())
 }
 
@@ -106,7 +109,7 @@ fn a_primary_that_was_only_asleep_does_not_write_over_its_successor() -> Result<
     load.first_answer_after(stopped)?;
     progress(&load, 20)?;
     old.signal(Signal::SIGCONT)?;
-    wait_for_status(&old, "fenced", |status| status["state"] == "fenced")?;
+    wait_for_status(&old, "halted", |status| status.state == "halted")?;
     progress(&load, 100)?;
     old.kill()?;
     let answers = load.stop()?;
@@ -123,6 +126,7 @@ fn powering_off_a_protected_guest_ends_both_sides() -> Result<()> {
     }
     let mut pair = Pair::boot(Lab::new()?)?;
     pair.protect()?;
+    progress(&pair.lab.load(Options::new(pair.lab.service()?, "off"))?, 20)?;
     // Ends with both processes gone and the disk unmounted cleanly, or fails.
     pair.power_off()?;
     Ok(())

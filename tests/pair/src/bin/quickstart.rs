@@ -104,9 +104,9 @@ fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
         |_, status, answered| {
             story.tell(&format!(
             "{answered} requests served; lag {:.1} ms, outputs held {:.1} ms (median), {} digests equal",
-            status["lag_us"]["last"].as_f64().unwrap_or_default() / 1e3,
-            status["output_delay_us"]["p50"].as_f64().unwrap_or_default() / 1e3,
-            status["digests_compared"],
+            milliseconds(status.lag_us),
+            milliseconds(status.output_delay.p50_us),
+            status.digests_compared,
         ));
         },
     )?;
@@ -127,16 +127,21 @@ fn kill(story: &Story, mut pair: Pair, load: Load) -> Result<(Pair, Load)> {
         first.duration_since(dead).as_secs_f64() * 1e3
     ));
     let status = pair.wait_until_alone()?;
-    ensure!(status["digests_unequal"] == 0, "the digests of the two sides differed: {status}");
-    let report = &status["last_failover"];
-    let milliseconds = |name: &str| report[name].as_f64().unwrap_or_default() / 1e3;
-    story.tell(&format!(
-        "since the last word from host a: given up after {:.1} ms, claim won {:.1}, replayed {:.1}, live {:.1}",
-        milliseconds("detected_us"),
-        milliseconds("claimed_us"),
-        milliseconds("replayed_us"),
-        milliseconds("live_us"),
-    ));
+    ensure!(status.digests_unequal == 0, "the digests of the two sides differed: {status:?}");
+    let report = status.last_failover.context("host b tells nothing of a failover")?;
+    story.tell(&format!("after the last word from host a ({}):", report.cause));
+    for (what, at) in [
+        ("suspected", Some(report.suspected_us)),
+        ("every record executed", report.drained_us),
+        ("lease over", report.lease_over_us),
+        ("claim asked for", report.asked_us),
+        ("claim won", report.claimed_us),
+        ("live", report.live_us),
+    ] {
+        if let Some(at) = at {
+            println!("           {:8.1} ms  {what}", milliseconds(at));
+        }
+    }
     let served = load.answered();
     let end = Instant::now() + WATCH;
     while Instant::now() < end {
@@ -166,6 +171,10 @@ fn finish(story: &Story, pair: Pair, load: Load) -> Result<()> {
     ensure!(verdict.is_clean(), "the disk does not hold what was acknowledged");
     println!("\nVerified: every acknowledged request is on the disk, once and in order.");
     Ok(())
+}
+
+fn milliseconds(microseconds: u64) -> f64 {
+    microseconds as f64 / 1e3
 }
 
 /// `word` as a shell needs it.

@@ -39,13 +39,13 @@ fn main() -> Result<()> {
             }
             next = at + every;
             println!(
-                "{phase} {:4.0} s: lag {} us, log {} bytes/s, held outputs {}, throttle {}/1000, digests {} equal, answers {answered}",
+                "{phase} {:4.0} s: lag {} us, log {:.3} Mbit/s, held outputs {}, throttle {:.3}, digests {} equal, answers {answered}",
                 at.as_secs_f64(),
-                status["lag_us"]["last"],
-                status["log_bytes_per_second"],
-                status["held_outputs"],
-                status["throttle_permille"],
-                status["digests_compared"],
+                status.lag_us,
+                status.log.mbit_per_s,
+                status.held_outputs,
+                status.throttle,
+                status.digests_compared,
             );
         },
     )?;
@@ -65,10 +65,14 @@ fn tell(phase: &str, stretch: &Stretch) {
     if let Some(lag) = lag {
         println!("{phase}: lag sampled: {lag}");
     }
-    println!("{phase}: lag by ft.status, us: {}", status["lag_us"]);
-    println!("{phase}: output delay by ft.status, us: {}", status["output_delay_us"]);
+    for (what, of) in [("lag", status.lag), ("outputs held", status.output_delay)] {
+        println!(
+            "{phase}: {what} by ft.status: p50 {} us, p99 {} us, max {} us ({} values)",
+            of.p50_us, of.p99_us, of.max_us, of.count
+        );
+    }
     println!(
         "{phase}: digests compared {}, unequal {}",
-        status["digests_compared"], status["digests_unequal"]
+        status.digests_compared, status.digests_unequal
     );
 }
