@@ -58,3 +58,49 @@ impl Detector {
         (self.heard + self.timeout).max(self.not_before)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A detector that is looked at every 10 ms, as a state machine with heartbeats does.
+    fn first_suspicion(detector: &mut Detector, from: u64, to: u64) -> Option<u64> {
+        (from..to).step_by(10).find(|now| detector.suspects(ms(*now)))
+    }
+
+    #[test]
+    fn silence_is_suspicious_after_the_timeout() {
+        let mut detector = Detector::new(ms(0), ms(200));
+        detector.heard(ms(40));
+        assert_eq!(first_suspicion(&mut detector, 50, 1000), Some(240));
+    }
+
+    #[test]
+    fn whoever_is_heard_is_not_suspected() {
+        let mut detector = Detector::new(ms(0), ms(200));
+        for now in (0..5_000).step_by(150) {
+            assert_eq!(first_suspicion(&mut detector, now, now + 150), None);
+            detector.heard(ms(now + 150));
+        }
+    }
+
+    #[test]
+    fn who_has_slept_listens_before_it_suspects() {
+        let mut detector = Detector::new(ms(0), ms(200));
+        assert!(!detector.suspects(ms(3_000)), "its own absence");
+        detector.heard(ms(3_001));
+        assert_eq!(first_suspicion(&mut detector, 3_010, 5_000), Some(3_210));
+    }
+
+    #[test]
+    fn who_has_slept_suspects_soon_if_it_hears_nothing() {
+        let mut detector = Detector::new(ms(0), ms(200));
+        assert!(!detector.suspects(ms(3_000)));
+        assert_eq!(detector.deadline(), ms(3_025));
+        assert!(detector.suspects(ms(3_025)));
+    }
+}

@@ -114,3 +114,52 @@ impl Default for PageHasher {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(parts: &[(&str, &[u8])]) -> Digest {
+        let mut digest = Digest::default();
+        for (name, bytes) in parts {
+            digest.add(*name, bytes);
+        }
+        digest
+    }
+
+    #[test]
+    fn the_first_difference_is_named() {
+        let primary = digest(&[("cpu", b"1"), ("disk0", b"2"), ("memory", b"3")]);
+        let backup = digest(&[("cpu", b"1"), ("disk0", b"x"), ("memory", b"y")]);
+        let unequal = primary.first_unequal(&backup).expect("they differ");
+        assert_eq!(unequal.component, "disk0");
+        assert_ne!(unequal.primary, unequal.backup);
+        assert_eq!(primary.first_unequal(&primary), None);
+    }
+
+    #[test]
+    fn a_part_that_only_one_side_has_is_a_difference() {
+        let more = digest(&[("cpu", b"1"), ("disk0", b"2")]);
+        let less = digest(&[("cpu", b"1")]);
+        let unequal = more.first_unequal(&less).expect("they differ");
+        assert_eq!((unequal.component.as_str(), unequal.backup), ("disk0", None));
+        let unequal = less.first_unequal(&more).expect("they differ");
+        assert_eq!((unequal.component.as_str(), unequal.primary), ("disk0", None));
+    }
+
+    #[test]
+    fn pages_count_with_their_numbers() {
+        let hash = |pages: &[(u64, u8)]| {
+            let mut hasher = PageHasher::new();
+            for (number, fill) in pages {
+                hasher.add(*number, &[*fill; 4096]);
+            }
+            assert_eq!(hasher.pages(), pages.len() as u64);
+            hasher.finish()
+        };
+        assert_eq!(hash(&[(1, 7), (2, 8)]), hash(&[(1, 7), (2, 8)]));
+        assert_ne!(hash(&[(1, 7), (2, 8)]), hash(&[(1, 7), (3, 8)]));
+        assert_ne!(hash(&[(1, 7), (2, 8)]), hash(&[(1, 8), (2, 7)]));
+        assert_ne!(hash(&[]), hash(&[(0, 0)]));
+    }
+}

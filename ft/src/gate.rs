@@ -104,3 +104,66 @@ impl<T> OutputGate<T> {
         self.delays.percentiles()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn gate() -> OutputGate<&'static str> {
+        let mut gate = OutputGate::new();
+        gate.hold(Duration::ZERO, OutputNumber(1), LogPosition(10), 100, "a");
+        gate.hold(MS, OutputNumber(2), LogPosition(10), 50, "b");
+        gate.hold(2 * MS, OutputNumber(3), LogPosition(30), 7, "c");
+        gate
+    }
+
+    fn release(gate: &mut OutputGate<&'static str>, ms: u32, through: u64) -> Vec<&'static str> {
+        let mut sent = Vec::new();
+        gate.release(ms * MS, LogPosition(through), |_, output| sent.push(output));
+        sent
+    }
+
+    #[test]
+    fn nothing_leaves_before_its_position() {
+        let mut gate = gate();
+        assert!(release(&mut gate, 3, 9).is_empty());
+        assert_eq!((gate.held(), gate.held_bytes(), gate.released()), (3, 157, None));
+    }
+
+    #[test]
+    fn leaves_in_order_up_to_the_position() {
+        let mut gate = gate();
+        assert_eq!(release(&mut gate, 3, 29), ["a", "b"]);
+        assert_eq!((gate.held(), gate.held_bytes()), (1, 7));
+        assert_eq!(gate.released(), Some(OutputNumber(2)));
+        assert_eq!(release(&mut gate, 3, u64::MAX), ["c"]);
+        assert_eq!(gate.held_bytes(), 0);
+    }
+
+    #[test]
+    fn measures_delays() {
+        let mut gate = gate();
+        release(&mut gate, 12, 30);
+        let delays = gate.delays();
+        assert_eq!((delays.count, delays.max_us), (3, 12_000));
+        assert!((11_000..=12_000).contains(&delays.p50_us), "{delays:?}");
+    }
+
+    #[test]
+    fn a_halted_side_drops_all() {
+        let mut gate = gate();
+        assert_eq!(gate.discard(), 3);
+        assert!(release(&mut gate, 3, u64::MAX).is_empty());
+        assert_eq!(gate.held_bytes(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "numbered twice")]
+    fn an_output_released_cannot_come_again() {
+        let mut gate = gate();
+        release(&mut gate, 3, u64::MAX);
+        gate.hold(MS, OutputNumber(3), LogPosition(40), 1, "c");
+    }
+}

@@ -83,3 +83,35 @@ impl Histogram {
         self.max_us
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_cover_all_values_in_order() {
+        let mut last = 0;
+        for us in (0..100_000).chain((17..63).map(|bit| 1 << bit)).chain([u64::MAX]) {
+            let bucket = bucket_of(us);
+            assert!(bucket >= last && bucket < BUCKETS);
+            if bucket < BUCKETS - 1 {
+                assert!(us <= top_of(bucket), "{us} lies above its bucket");
+                assert!(top_of(bucket) <= us + us / 8, "{us} lies far below its bucket's top");
+            }
+            last = bucket;
+        }
+    }
+
+    #[test]
+    fn percentiles_are_right_to_an_eighth() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.percentiles(), Percentiles::default());
+        for us in 1..=1000 {
+            histogram.add(Duration::from_micros(us));
+        }
+        let figures = histogram.percentiles();
+        assert_eq!((figures.count, figures.max_us), (1000, 1000));
+        assert!((500..=563).contains(&figures.p50_us), "{figures:?}");
+        assert!((990..=1000).contains(&figures.p99_us), "{figures:?}");
+    }
+}

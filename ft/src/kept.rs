@@ -70,3 +70,47 @@ impl<T> KeptOutputs<T> {
         self.kept_bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept() -> KeptOutputs<char> {
+        let mut kept = KeptOutputs::new();
+        for (number, output) in [(1, 'a'), (2, 'b'), (3, 'c')] {
+            kept.keep(OutputNumber(number), 10, output);
+        }
+        kept
+    }
+
+    fn rest(mut kept: KeptOutputs<char>) -> String {
+        kept.take().map(|(_, output)| output).collect()
+    }
+
+    #[test]
+    fn what_is_not_known_to_be_out_is_kept() {
+        let mut kept = kept();
+        kept.released(OutputNumber(1));
+        assert_eq!((kept.len(), kept.bytes()), (2, 20));
+        assert_eq!(rest(kept), "bc");
+    }
+
+    #[test]
+    fn an_output_can_be_known_to_be_out_before_it_is_produced() {
+        let mut kept = KeptOutputs::new();
+        kept.released(OutputNumber(2));
+        for (number, output) in [(1, 'a'), (2, 'b'), (3, 'c')] {
+            kept.keep(OutputNumber(number), 10, output);
+        }
+        assert_eq!(kept.bytes(), 10);
+        assert_eq!(rest(kept), "c");
+    }
+
+    #[test]
+    fn an_old_report_takes_nothing_back() {
+        let mut kept = kept();
+        kept.released(OutputNumber(3));
+        kept.released(OutputNumber(1));
+        assert!(kept.is_empty());
+    }
+}

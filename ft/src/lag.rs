@@ -175,3 +175,74 @@ impl LagControl {
         self.samples.iter().rev().find(|sample| sample.end <= position).map(|sample| sample.point)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A primary that records 1000 instructions and 10 bytes in a millisecond it is allowed to run, and a
+    /// backup that executes `speed` of that. Gives the worst lag and the throttle at the end.
+    fn run(
+        control: &mut LagControl,
+        from: u64,
+        to: u64,
+        backlog: &mut f64,
+        speed: f64,
+    ) -> Duration {
+        let mut worst = ms(0);
+        for now in from..to {
+            let recorded = control.recorded_point.0 + (1000.0 * (1.0 - control.throttle())) as u64;
+            control.appended(ms(now), LogPosition(recorded / 100), ExecutionPoint(recorded));
+            *backlog = (*backlog + 1000.0 * speed).min(recorded as f64);
+            let point = *backlog as u64;
+            control.executed(ms(now), LogPosition(point / 100), ExecutionPoint(point));
+            control.control(ms(now));
+            worst = worst.max(control.lag(ms(now)));
+        }
+        worst
+    }
+
+    #[test]
+    fn a_backup_that_keeps_up_costs_nothing() {
+        let mut control = LagControl::new(ms(0), ms(100));
+        assert!(run(&mut control, 0, 2_000, &mut 0.0, 1.2) < ms(5));
+        assert_eq!(control.throttle(), 0.0);
+        assert!(control.lags().count > 100);
+    }
+
+    #[test]
+    fn a_slow_backup_slows_the_primary_until_it_is_fast_again() {
+        let mut control = LagControl::new(ms(0), ms(100));
+        let mut executed = 0.0;
+        run(&mut control, 0, 500, &mut executed, 1.2);
+        let worst = run(&mut control, 500, 3_000, &mut executed, 0.4);
+        assert!(worst < ms(150), "lag reached {worst:?}");
+        assert!(control.throttle() > 0.3);
+        run(&mut control, 3_000, 6_000, &mut executed, 1.2);
+        assert_eq!(control.throttle(), 0.0);
+    }
+
+    #[test]
+    fn a_backup_that_stands_still_stops_the_primary() {
+        let mut control = LagControl::new(ms(0), ms(100));
+        let mut executed = 0.0;
+        run(&mut control, 0, 200, &mut executed, 1.0);
+        run(&mut control, 200, 400, &mut executed, 0.0);
+        assert_eq!(control.throttle(), 1.0);
+    }
+
+    #[test]
+    fn nothing_outstanding_is_no_lag() {
+        let mut control = LagControl::new(ms(0), ms(100));
+        control.appended(ms(5), LogPosition(10), ExecutionPoint(7));
+        assert_eq!(control.lag(ms(25)), ms(20));
+        assert_eq!(control.point_before(LogPosition(10)), Some(ExecutionPoint(7)));
+        control.executed(ms(25), LogPosition(10), ExecutionPoint(7));
+        assert_eq!(control.lag(ms(90)), ms(0));
+        assert_eq!(control.lags().max_us, 20_000);
+    }
+}

@@ -82,7 +82,7 @@ fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 4]) {
 
 #[test]
 fn thousands_of_seeds() {
-    let count = number("DYAD_SIM_SEEDS").unwrap_or(2_000);
+    let count = number("DYAD_SIM_SEEDS").unwrap_or(2_500);
     let first = number("DYAD_SIM_FIRST").unwrap_or(0);
     let (failed, [answered, protections, failovers, lost]) = run_seeds(first, count);
     if let Some(seed) = failed {

@@ -185,6 +185,7 @@ impl World {
         self.schedule_tick(id);
         if let Role::Primary(machine) = &self.nodes[id].role
             && machine.protected()
+            && self.trace.is_some()
         {
             let mut status = ft::FtStatus::default();
             machine.status(now, &mut status);

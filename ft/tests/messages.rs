@@ -1,0 +1,283 @@
+//! Frames of the channel, and what a hostile peer can do with them: nothing but lose its connection.
+
+use std::time::Duration;
+
+use ft::message::{
+    CloneStart, Hello, MAX_FRAME_BYTES, MAX_GREETING_BYTES, MessageError, PAGE_BYTES,
+};
+use ft::{
+    Backup, BackupConfig, Capabilities, DiskMode, ExecutionPoint, FrameReader, Generation,
+    LogPosition, Message, PairId, Primary, PrimaryConfig, Terms, Timing, Unequal, backup, primary,
+};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+fn capabilities() -> Capabilities {
+    Capabilities {
+        cpu_model: "soft-v1".into(),
+        memory_bytes: 1 << 30,
+        devices: vec!["net".into(), "disk".into()],
+        disk_modes: vec![DiskMode::Shared],
+    }
+}
+
+fn terms() -> Terms {
+    Terms {
+        pair: PairId::new("vm-1").expect("a name"),
+        generation: Generation(3),
+        timing: Timing::default(),
+        log_buffer_bytes: 1 << 20,
+        arbiter_url: "file:/shared".into(),
+        disk_mode: DiskMode::Shared,
+    }
+}
+
+fn hello(who: &str) -> Message {
+    Message::Hello(Hello::new(who, capabilities()))
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    let text = "[ -~]{0,40}";
+    let bytes = || vec(any::<u8>(), 0..300);
+    // Positions near each other, so that some messages pass the first checks.
+    let position = || prop_oneof![0u64..64, any::<u64>()].prop_map(LogPosition);
+    let point = || any::<u64>().prop_map(ExecutionPoint);
+    prop_oneof![
+        Just(hello("peer")),
+        Just(Message::CloneStart(CloneStart { terms: terms(), config: vec![1, 2] })),
+        Just(Message::Accepted),
+        text.prop_map(|reason| Message::Refused { reason }),
+        bytes().prop_map(|bytes| Message::Payload { bytes }),
+        (any::<u64>(), bytes()).prop_map(|(first, bytes)| Message::Pages { first, bytes }),
+        (any::<u64>(), 1usize..3).prop_map(|(first, pages)| Message::Pages {
+            first,
+            bytes: vec![3; pages * PAGE_BYTES]
+        }),
+        (any::<u64>(), any::<u64>()).prop_map(|(first, count)| Message::ZeroPages { first, count }),
+        (point(), bytes()).prop_map(|(point, bytes)| Message::State { point, bytes }),
+        Just(Message::Ready),
+        Just(Message::Armed),
+        Just(Message::Protecting),
+        (position(), bytes()).prop_map(|(position, bytes)| Message::Log { position, bytes }),
+        position().prop_map(|received| Message::Ack { received }),
+        (point(), position(), any::<u64>()).prop_map(|(point, position, digests_compared)| {
+            Message::Executed { point, position, digests_compared }
+        }),
+        (any::<u64>(), any::<Option<u64>>())
+            .prop_map(|(stamp_us, echo_us)| Message::Heartbeat { stamp_us, echo_us }),
+        (point(), text).prop_map(|(point, component)| Message::DigestUnequal {
+            point,
+            unequal: Unequal { component, primary: Some(1), backup: None }
+        }),
+        position().prop_map(|end| Message::HandOver { end }),
+        any::<u64>().prop_map(|g| Message::TakenOver { generation: Generation(g) }),
+        Just(Message::Yielded),
+        any::<u64>().prop_map(|g| Message::Live { generation: Generation(g) }),
+        text.prop_map(|reason| Message::Disable { reason }),
+        text.prop_map(|reason| Message::Discarded { reason }),
+    ]
+}
+
+/// The state of a conversation in which hostile messages begin: how far the honest part went.
+fn honest_backup(steps: usize) -> Vec<backup::Input> {
+    let start = CloneStart { terms: terms(), config: Vec::new() };
+    let state = Message::State { point: ExecutionPoint(10), bytes: vec![1] };
+    let log = Message::Log { position: LogPosition(0), bytes: vec![1, 0, 4] };
+    let all = [
+        backup::Input::Message(hello("primary")),
+        backup::Input::Message(Message::CloneStart(start)),
+        backup::Input::Accept,
+        backup::Input::Message(state),
+        backup::Input::Loaded,
+        backup::Input::Message(Message::Armed),
+        backup::Input::Message(log),
+        backup::Input::TakeOver,
+    ];
+    all.into_iter().take(steps).collect()
+}
+
+fn honest_primary(steps: usize) -> Vec<primary::Input> {
+    let log = primary::Input::Log {
+        end: LogPosition(3),
+        point: ExecutionPoint(12),
+        bytes: vec![1, 0, 4],
+    };
+    let all = [
+        primary::Input::Message(hello("backup")),
+        primary::Input::Message(Message::Accepted),
+        primary::Input::CloneSent,
+        log,
+        primary::Input::Message(Message::Ready),
+        primary::Input::Message(Message::Protecting),
+        primary::Input::HandOver,
+        primary::Input::HandOverLogged { end: LogPosition(3) },
+    ];
+    all.into_iter().take(steps).collect()
+}
+
+/// States that end by an answer of the arbiter or by the vCPU's progress, not by time.
+const WAITING: [&str; 2] = ["claiming", "draining"];
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn messages_pass_in_any_pieces(messages in vec(message(), 0..20), piece in 1usize..500) {
+        let mut bytes = Vec::new();
+        hello("first").append_frame(&mut bytes).expect("fits");
+        for message in &messages {
+            message.append_frame(&mut bytes).expect("fits");
+        }
+        let mut reader = FrameReader::new();
+        let mut read = Vec::new();
+        for piece in bytes.chunks(piece) {
+            reader.push(piece);
+            while let Some(message) = reader.next_message().expect("sound") {
+                read.push(message);
+            }
+        }
+        prop_assert_eq!(&read[1..], messages.as_slice());
+        prop_assert_eq!(reader.pending_bytes(), 0);
+    }
+
+    #[test]
+    fn garbage_never_panics(garbage in vec(any::<u8>(), 0..3000)) {
+        let mut reader = FrameReader::new();
+        reader.push(&garbage);
+        while let Ok(Some(_)) = reader.next_message() {}
+    }
+
+    /// Whatever a peer says, at whatever time, a backup goes live only by a claim, and only the
+    /// operator or the loss of its primary makes it ask for one.
+    #[test]
+    fn a_backup_survives_a_hostile_primary(
+        steps in 0usize..9,
+        messages in vec(message(), 0..30),
+        gap_ms in 0u64..60,
+    ) {
+        let config = BackupConfig { who: "backup".into(), capabilities: capabilities() };
+        let mut now = Duration::from_secs(1);
+        let mut machine = Backup::new(now, config);
+        let mut actions = Vec::new();
+        for input in honest_backup(steps) {
+            machine.step(now, input, &mut actions).expect("the honest part is legal");
+        }
+        for message in messages {
+            now += Duration::from_millis(gap_ms);
+            machine.step(now, backup::Input::Message(message), &mut actions).expect("never the caller's fault");
+            prop_assert!(
+                machine.ended()
+                    || machine.next_deadline().is_some()
+                    || WAITING.contains(&machine.state_name()),
+                "stuck"
+            );
+        }
+        let live = actions.iter().any(|action| matches!(action, backup::Action::GoLive { .. }));
+        prop_assert!(!live, "live without a claim");
+    }
+
+    /// Whatever a peer says, a primary releases no output that was not acknowledged, and goes alone
+    /// only with the peer's word or by a claim.
+    #[test]
+    fn a_primary_survives_a_hostile_backup(
+        steps in 0usize..9,
+        messages in vec(message(), 0..30),
+        gap_ms in 0u64..60,
+    ) {
+        let config = PrimaryConfig {
+            terms: terms(),
+            who: "primary".into(),
+            capabilities: capabilities(),
+            vm_config: Vec::new(),
+        };
+        let mut now = Duration::from_secs(1);
+        let mut actions = Vec::new();
+        let mut machine = Primary::new(now, config, &mut actions);
+        for input in honest_primary(steps) {
+            machine.step(now, input, &mut actions).expect("the honest part is legal");
+        }
+        let mut given_up = false;
+        let mut acknowledged = LogPosition(0);
+        for message in messages {
+            now += Duration::from_millis(gap_ms);
+            match &message {
+                Message::Ack { received } => acknowledged = acknowledged.max(*received),
+                Message::Discarded { .. } | Message::DigestUnequal { .. } => given_up = true,
+                _ => {}
+            }
+            let before = actions.len();
+            machine.step(now, primary::Input::Message(message), &mut actions).expect("never the caller's fault");
+            for action in &actions[before..] {
+                match action {
+                    primary::Action::Release { through } => {
+                        prop_assert!(*through <= acknowledged && through.0 <= 3);
+                    }
+                    primary::Action::GoAlone { .. } => prop_assert!(given_up),
+                    _ => {}
+                }
+            }
+            prop_assert!(
+                machine.ended()
+                    || machine.next_deadline().is_some()
+                    || WAITING.contains(&machine.state_name()),
+                "stuck"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_stranger_may_not_send_long_frames() {
+    let mut reader = FrameReader::new();
+    let length = MAX_GREETING_BYTES as u32 + 1;
+    reader.push(&length.to_le_bytes());
+    let refused = MessageError::TooLong { bytes: length as usize, limit: MAX_GREETING_BYTES };
+    assert_eq!(reader.next_message(), Err(refused));
+
+    let mut reader = FrameReader::new();
+    let mut bytes = Vec::new();
+    hello("peer").append_frame(&mut bytes).expect("fits");
+    bytes.extend_from_slice(&(MAX_FRAME_BYTES as u32 + 1).to_le_bytes());
+    reader.push(&bytes);
+    assert!(matches!(reader.next_message(), Ok(Some(Message::Hello(_)))));
+    assert!(matches!(reader.next_message(), Err(MessageError::TooLong { .. })));
+}
+
+#[test]
+fn a_message_too_long_is_refused_and_leaves_no_trace() {
+    let mut out = vec![9];
+    let message = Message::State { point: ExecutionPoint(0), bytes: vec![0; MAX_FRAME_BYTES] };
+    assert!(matches!(message.append_frame(&mut out), Err(MessageError::TooLong { .. })));
+    assert_eq!(out, [9]);
+}
+
+#[test]
+fn http_is_refused() {
+    let mut reader = FrameReader::new();
+    reader.push(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert!(reader.next_message().is_err());
+}
+
+#[test]
+fn differences_are_named() {
+    let offered = capabilities();
+    let mut needed = capabilities();
+    assert!(offered.lacking(&needed).is_empty());
+    needed.cpu_model = "soft-v2".into();
+    needed.memory_bytes = 1 << 31;
+    needed.devices.push("tpm".into());
+    needed.disk_modes = vec![DiskMode::Mirrored];
+    let lacking = offered.lacking(&needed).join("\n");
+    for word in ["soft-v2", "2147483648", "tpm", "Mirrored"] {
+        assert!(lacking.contains(word), "{word} is missing in:\n{lacking}");
+    }
+}
+
+#[test]
+fn timing_is_checked() {
+    assert_eq!(Timing::default().check(), Ok(()));
+    assert_eq!(Timing::new(20, 50, 100).check(), Ok(()));
+    assert!(Timing::new(20, 30, 100).check().is_err());
+    assert!(Timing::new(0, 200, 100).check().is_err());
+    assert!(Timing::new(20, 200, u64::MAX).check().is_err());
+}
