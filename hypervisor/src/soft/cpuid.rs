@@ -90,11 +90,13 @@ mod leaf1 {
 }
 
 mod leaf7 {
-    pub const EBX: u32 = FSGSBASE | TSC_ADJUST | SMEP | ERMS | SMAP;
+    pub const EBX: u32 = FSGSBASE | TSC_ADJUST | SMEP | ERMS | NO_FCS_FDS | SMAP;
     const FSGSBASE: u32 = 1 << 0;
     const TSC_ADJUST: u32 = 1 << 1;
     const SMEP: u32 = 1 << 7;
     const ERMS: u32 = 1 << 9;
+    /// The x87's instruction and data pointers have no selectors.
+    const NO_FCS_FDS: u32 = 1 << 13;
     const SMAP: u32 = 1 << 20;
 
     pub const EDX: u32 = FSRM | ARCH_CAPABILITIES;

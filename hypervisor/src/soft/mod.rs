@@ -57,6 +57,13 @@ impl Hypervisor for SoftHypervisor {
     }
 
     fn create_vm(&self, memory: GuestMemory) -> Result<Box<dyn Vm>, Error> {
+        // The guest's vector instructions are executed by the host's.
+        if !is_x86_feature_detected!("sse4.2") {
+            return Err(Error::Unsupported {
+                backend: "soft",
+                what: "a host processor without SSE4.2".to_owned(),
+            });
+        }
         Ok(Box::new(SoftVm { memory, dirty_round: Arc::default(), has_vcpu: false }))
     }
 }

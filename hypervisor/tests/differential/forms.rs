@@ -248,7 +248,8 @@ impl<'a> Builder<'a> {
                 self.instruction.set_memory_index(Register::AL);
                 self.fixed.push((RBX, at - 0x100));
             }
-            other => panic!("{:?}: operands of kind {other:?} are unknown to this test", self.code),
+            // An operand of an extension that this processor does not have.
+            _ => return None,
         }
         Some(())
     }

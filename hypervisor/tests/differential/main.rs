@@ -93,15 +93,12 @@ impl Bench {
 
     /// Puts the instruction and what follows it into the code pages.
     fn place(&mut self, form: &Form) {
-        let behind = form.address + form.bytes.len() as u64;
         let mut code = form.bytes.clone();
         code.extend(Native::landing(false));
         self.native.bytes(form.address, code.len()).copy_from_slice(&code);
         let landing = Native::landing(true);
         self.native.bytes(form.target, landing.len()).copy_from_slice(&landing);
-        self.guest.write_code(form.address, &form.bytes);
-        self.guest.write_code(behind, &[0xcd, FELL_THROUGH as u8]);
-        self.guest.write_code(form.target, &[0xcd, BRANCHED as u8]);
+        place_in_guest(&mut self.guest, form);
     }
 
     /// A random register image that suits the instruction.
@@ -255,6 +252,13 @@ impl Bench {
     }
 }
 
+/// Puts an instruction into the guest alone, with what follows it.
+fn place_in_guest(guest: &mut Guest, form: &Form) {
+    guest.write_code(form.address, &form.bytes);
+    guest.write_code(form.address + form.bytes.len() as u64, &[0xcd, FELL_THROUGH as u8]);
+    guest.write_code(form.target, &[0xcd, BRANCHED as u8]);
+}
+
 /// Brings ST(0) into the range in which the manual defines F2XM1 and FYL2XP1.
 fn suit_x87(form: &Form, fx: &mut [u8]) {
     let limit = match form.instruction.mnemonic() {
@@ -279,6 +283,10 @@ fn every_user_instruction_does_what_the_host_does() {
     let filter = std::env::var("DYAD_DIFFERENTIAL_CODE").unwrap_or_default().to_lowercase();
     println!("DYAD_DIFFERENTIAL_SEED={seed:#x} DYAD_DIFFERENTIAL_COUNT={count}");
 
+    if let Some(missing) = native::missing() {
+        println!("SKIPPED: this host's processor has no {missing}, nothing to compare with");
+        return;
+    }
     let codes: Vec<Code> = Code::values()
         .filter(|code| *code != Code::INVALID && scope::is_advertised(*code))
         .filter(|code| scope::exclusion(*code).is_none())
@@ -327,4 +335,38 @@ fn every_user_instruction_does_what_the_host_does() {
             .collect();
         assert!(untested.is_empty(), "instructions not tested: {untested:?}");
     }
+}
+
+#[test]
+fn instructions_that_are_not_announced_raise_undefined_opcode() {
+    let mut guest = Guest::new();
+    let mut random = Random::new(1, 1);
+    let mut tried = 0;
+    let mut wrong = Vec::new();
+    let codes = Code::values().filter(|code| {
+        *code != Code::INVALID
+            && code.op_code().mode64()
+            && code.op_code().is_instruction()
+            && !scope::is_advertised(*code)
+            && !scope::means_another(*code)
+    });
+    for code in codes {
+        let Some(form) = (0..50).find_map(|_| forms::form(code, &mut random)) else {
+            continue;
+        };
+        place_in_guest(&mut guest, &form);
+        let input = guest.bytes(INPUT, image::BYTES);
+        input.fill(0);
+        input[image::FLAGS..][..8].copy_from_slice(&0x202u64.to_le_bytes());
+        input[image::RIP..][..8].copy_from_slice(&form.address.to_le_bytes());
+        input[image::FX + 24..][..4].copy_from_slice(&0x1f80u32.to_le_bytes());
+        guest.run().unwrap();
+        let vector = compare::word(guest.bytes(OUTPUT, image::BYTES), image::VECTOR);
+        tried += 1;
+        if vector != 6 {
+            wrong.push(format!("{code:?} ({:02x?}): {vector}", form.bytes));
+        }
+    }
+    assert!(tried > 500, "only {tried} could be encoded");
+    assert!(wrong.is_empty(), "no #UD from: {wrong:#?}");
 }

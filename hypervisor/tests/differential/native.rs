@@ -100,6 +100,22 @@ unsafe extern "C" {
     static native_leave: u8;
 }
 
+/// What the test needs of the host and the host lacks.
+pub fn missing() -> Option<&'static str> {
+    const HWCAP2_FSGSBASE: u64 = 1 << 1;
+    // SAFETY: reads the auxiliary vector.
+    let capabilities = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+    if !is_x86_feature_detected!("sse4.2") {
+        Some("SSE4.2")
+    } else if !is_x86_feature_detected!("popcnt") || !is_x86_feature_detected!("cmpxchg16b") {
+        Some("POPCNT or CMPXCHG16B")
+    } else if capabilities & HWCAP2_FSGSBASE == 0 {
+        Some("FSGSBASE for user mode")
+    } else {
+        None
+    }
+}
+
 /// The region mapped into this process, and the signal handlers. One at a time.
 pub struct Native(());
 

@@ -87,6 +87,28 @@ pub fn exclusion(code: Code) -> Option<&'static str> {
     })
 }
 
+/// Whether the encoding of an instruction that is not announced means an older one to a processor without it: a
+/// hint, or a prefix that is ignored.
+pub fn means_another(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(
+        code.mnemonic(),
+        // BSF and BSR with a prefix.
+        M::Tzcnt | M::Lzcnt
+        // NOPs of the hint space.
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetchit0
+            | M::Prefetchit1
+            | M::Cldemote
+            | M::Endbr32
+            | M::Endbr64
+            | M::Rdsspd
+            | M::Rdsspq
+    )
+}
+
 /// Whether user mode gets an exception for it, whatever its operands.
 pub fn always_faults(code: Code) -> bool {
     let description = code.op_code();

@@ -605,3 +605,37 @@ pub fn handler(instruction: &Instruction) -> Option<Selected> {
         .or_else(|| immediate(instruction))
         .or_else(|| approximations(instruction))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{reciprocal, reciprocal_root};
+
+    #[test]
+    fn approximations_stay_within_the_manuals_bound() {
+        let bound = 1.5 / 4096.0;
+        for x in (0x0080_0000..0x7f80_0000).step_by(997) {
+            let value = f64::from(f32::from_bits(x));
+            let root = f64::from(f32::from_bits(reciprocal_root(x))) * value.sqrt();
+            assert!((root - 1.0).abs() < bound, "1/sqrt({value:e})");
+            // Beyond, the result is denormal and counts as zero.
+            if value < 8.0e37 {
+                let product = f64::from(f32::from_bits(reciprocal(x))) * value;
+                assert!((product - 1.0).abs() < bound, "1/{value:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn approximations_of_what_has_none() {
+        let (infinity, zero, negative) = (0x7f80_0000, 0, 1 << 31);
+        assert_eq!(reciprocal(zero), infinity);
+        assert_eq!(reciprocal(negative), negative | infinity);
+        assert_eq!(reciprocal(1), infinity);
+        assert_eq!(reciprocal(negative | infinity), negative);
+        assert_eq!(reciprocal(0x7f7f_ffff), 0);
+        assert_eq!(reciprocal(0x7f80_0001), 0x7fc0_0001);
+        assert_eq!(reciprocal_root(negative), negative | infinity);
+        assert_eq!(reciprocal_root(infinity), 0);
+        assert_eq!(reciprocal_root(0xbf80_0000), 0xffc0_0000);
+    }
+}

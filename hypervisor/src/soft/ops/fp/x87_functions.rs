@@ -381,11 +381,12 @@ fn partial_remainder(cpu: &mut Cpu, a: F80, divisor: Wide, raised: u16) {
         cpu.fpu.status &= !status::C2;
         return;
     }
-    let control = cpu.fpu.control | status::EXCEPTIONS;
-    // The divisor's exponent is at most 63 below the dividend's, far from underflow, or the dividend's is small itself.
-    let (divisor, _) = divisor.round(false, control);
-    let frame = host::run::<host::Prem>(control, 0, a, divisor, 0);
-    cpu.x87_commit_conditions(raised | status::C2);
+    // With the divisor moved that far up, the host's one execution is complete, and exact: all it can raise is an
+    // unmasked underflow.
+    let control = cpu.fpu.control | status::DE;
+    let (divisor, _) = divisor.round(false, control | status::EXCEPTIONS);
+    let frame = host::run::<host::Prem>(control, cpu.fpu.status, a, divisor, 0);
+    cpu.x87_commit_conditions(frame.status & status::EXCEPTIONS | raised | status::C2);
     cpu.fpu.set_st(0, frame.st0);
 }
 
