@@ -98,22 +98,25 @@ struct Progress {
 /// The vCPU thread's end of [`Progress`].
 struct ProgressReporter {
     progress: Arc<Progress>,
-    /// The latest, not yet published.
-    executed: (LogPosition, ExecutionPoint),
+    /// The latest published, and the latest the ft thread was woken for.
+    executed: LogPosition,
+    told: LogPosition,
     inward: Sender<Inward>,
     waker: Arc<EventFd>,
 }
 
 impl ReplayObserver for ProgressReporter {
     fn executed(&mut self, position: LogPosition, point: ExecutionPoint) {
-        self.executed = (position, point);
+        // Published at once: a backup that falls behind never empties its log, and its lag is seen only
+        // by what it reports on the way. The ft thread looks whenever it wakes, which it does for
+        // every message and heartbeat.
+        *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner) = (position, point);
+        self.executed = position;
     }
 
     fn log_empty(&mut self) {
-        let mut executed = self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
-        if *executed != self.executed {
-            *executed = self.executed;
-            drop(executed);
+        if self.told != self.executed {
+            self.told = self.executed;
             let _ = self.waker.write(1);
         }
     }
@@ -385,7 +388,8 @@ impl BackupSide {
         let state = postcard::from_bytes(bytes).map_err(|error| damaged("state", error))?;
         let reporter = ProgressReporter {
             progress: Arc::clone(&self.progress),
-            executed: (LogPosition(0), point),
+            executed: LogPosition(0),
+            told: LogPosition(0),
             inward: self.inward_sender.clone(),
             waker: Arc::clone(&self.waker),
         };
