@@ -170,14 +170,24 @@ impl Live {
 
     /// Housekeeping of the log, at each anchor.
     fn between_anchors(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
-        let Some(recorder) = &mut self.recorder else { return Ok(()) };
-        recorder.record_released(guest.point());
+        if let Some(recorder) = &mut self.recorder {
+            recorder.record_released(guest.point());
+        }
         if guest.tsc() >= self.next_digest_tsc {
-            self.next_digest_tsc = guest.tsc() + DIGEST_INTERVAL_NS;
+            self.digest(guest)?;
+        }
+        self.flush();
+        Ok(())
+    }
+
+    /// Has both sides take a digest here.
+    pub fn digest(&mut self, guest: &mut Guest) -> Result<(), GuestError> {
+        self.next_digest_tsc = guest.tsc().saturating_add(DIGEST_INTERVAL_NS);
+        if let Some(recorder) = &mut self.recorder {
             let digest = guest.digest()?;
             recorder.record(guest.point(), &Entry::Digest(digest));
+            recorder.flush();
         }
-        recorder.flush();
         Ok(())
     }
 

@@ -300,13 +300,13 @@ impl RunLoop {
                 return Ok(Flow::Quit);
             }
         }
-        if self.frozen || self.powered_off {
+        if self.frozen {
             return self.wait(None);
         }
         match &mut self.driver {
             Driver::Halted => self.wait(None),
             // A paused backup goes on reading the log: that is where it learns that the pause is over.
-            Driver::Live(_) if self.paused => self.wait(None),
+            Driver::Live(_) if self.paused || self.powered_off => self.wait(None),
             Driver::Live(live) => match live.advance(&mut self.guest)? {
                 live::Next::Again => Ok(Flow::Continue),
                 live::Next::Wait(timeout) => self.wait(timeout),
@@ -323,7 +323,11 @@ impl RunLoop {
                     self.set_paused(paused);
                     Ok(Flow::Continue)
                 }
-                replay::Next::PoweredOff => self.power_off(),
+                replay::Next::PoweredOff => {
+                    // The primary tells what becomes of the pair. The log goes on to its end, which is here.
+                    self.powered_off = true;
+                    Ok(Flow::Continue)
+                }
                 replay::Next::Rebooted => self.rebooted(),
                 replay::Next::Diverged => {
                     self.driver = Driver::Halted;
@@ -414,11 +418,7 @@ impl RunLoop {
                 let _ = reply.send(Ok(View { device_tree, counters }));
             }
             Command::Save(reply) => {
-                let result = if self.paused {
-                    self.guest.save().map_err(|error| CommandError::Guest(error.to_string()))
-                } else {
-                    Err(self.wrong_state("paused"))
-                };
+                let result = self.save();
                 let _ = reply.send(result);
             }
             Command::TakeDirtyPages(reply) => {
@@ -486,6 +486,18 @@ impl RunLoop {
         self.observer.paused(paused);
     }
 
+    fn save(&mut self) -> Result<GuestState, CommandError> {
+        if !self.paused {
+            return Err(self.wrong_state("paused"));
+        }
+        let failed = |error: GuestError| CommandError::Guest(error.to_string());
+        if let Driver::Live(live) = &mut self.driver {
+            // Saving drops cached translations, which a backup must do at the same point.
+            live.digest(&mut self.guest).map_err(failed)?;
+        }
+        self.guest.save().map_err(failed)
+    }
+
     /// Whether a copy of the guest can be made now.
     fn copyable(&self) -> Result<(), CommandError> {
         match &self.driver {
@@ -521,6 +533,10 @@ impl RunLoop {
         }
         self.driver = Driver::Live(live);
         let _ = go_live.done.send(Ok(self.guest.point()));
+        if self.powered_off {
+            // The primary died between the power-off and telling of it.
+            self.observer.powered_off();
+        }
         Ok(Flow::Continue)
     }
 
