@@ -1,7 +1,7 @@
 //! Copying a running guest to its backup.
 //!
-//! Memory goes over in rounds while the guest runs: first every page it ever wrote, then the pages written
-//! during the round before, until few are left or rounds no longer help. Then the guest stops for as long
+//! Memory goes over in rounds while the guest runs: first every page that holds anything, then the pages
+//! written during the round before, until few are left or rounds no longer help. Then the guest stops for as long
 //! as it takes to copy the rest and the device state aside, and goes on as the recording side. From that
 //! point the copy follows by the log.
 //!
@@ -17,7 +17,7 @@ use ft::Message;
 use ft::message::PAGE_BYTES;
 use hypervisor::GuestMemory;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Payload;
@@ -121,7 +121,12 @@ impl CloneSender {
         for chunk in encode(&*self.payload).chunks(RUN_PAGES * PAGE_BYTES) {
             self.message(Message::Payload { bytes: chunk.to_vec() })?;
         }
-        for _ in 0..MAX_ROUNDS {
+        // What was dirty up to here went into an earlier copy or into none: the first round takes all there
+        // is, looked at only after the dirty set was emptied, so that nothing falls between the two.
+        self.progress.rounds.fetch_add(1, Ordering::Relaxed);
+        run_loop::ask(&self.inbox, Command::TakeDirtyPages)?;
+        self.pages(&self.pages_in_use()?, |message| self.message(message))?;
+        for _ in 1..MAX_ROUNDS {
             self.progress.rounds.fetch_add(1, Ordering::Relaxed);
             let pages = run_loop::ask(&self.inbox, Command::TakeDirtyPages)?;
             let few = pages.len() <= FEW_PAGES;
@@ -164,6 +169,33 @@ impl CloneSender {
         self.step(CloneStep::Sent)
     }
 
+    /// Pages that hold anything but zeros, which is what a new backup's memory holds.
+    fn pages_in_use(&self) -> Result<Vec<u64>, CloneError> {
+        let mut page = [0; PAGE_BYTES];
+        let mut in_use = Vec::new();
+        for region in self.memory.iter() {
+            let first = region.start_addr().raw_value() / PAGE_BYTES as u64;
+            for number in first..first + region.len() / PAGE_BYTES as u64 {
+                if self.cancelled.load(Ordering::Relaxed) {
+                    return Err(CloneError::Cancelled);
+                }
+                self.read(number, &mut page)?;
+                if page != [0; PAGE_BYTES] {
+                    in_use.push(number);
+                }
+            }
+        }
+        Ok(in_use)
+    }
+
+    /// Reads memory from the start of page `number` on.
+    fn read(&self, number: u64, bytes: &mut [u8]) -> Result<(), CloneError> {
+        let address = GuestAddress(number * PAGE_BYTES as u64);
+        self.memory
+            .read_slice(bytes, address)
+            .map_err(|error| CloneError::Failed(format!("cannot read guest memory: {error}")))
+    }
+
     /// Reads `pages` (ascending) in runs and passes each on.
     fn pages(
         &self,
@@ -172,9 +204,7 @@ impl CloneSender {
     ) -> Result<(), CloneError> {
         for run in pages.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(RUN_PAGES)) {
             let mut bytes = vec![0; run.len() * PAGE_BYTES];
-            self.memory.read_slice(&mut bytes, GuestAddress(run[0] * PAGE_BYTES as u64)).map_err(
-                |error| CloneError::Failed(format!("cannot read guest memory: {error}")),
-            )?;
+            self.read(run[0], &mut bytes)?;
             self.progress.sent_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             let zero = bytes.iter().all(|&byte| byte == 0);
             pass(if zero {
