@@ -2,6 +2,7 @@
 
 mod fxsave;
 mod mmx;
+mod sse_convert;
 mod sse_float;
 mod sse_integer;
 mod sse_move;
@@ -10,6 +11,7 @@ mod vector;
 mod x87;
 mod x87_control;
 mod x87_functions;
+mod x87_transfer;
 
 use iced_x86::Instruction;
 
@@ -20,10 +22,12 @@ pub fn handler(instruction: &Instruction) -> Option<Selected> {
     sse_move::handler(instruction)
         .or_else(|| sse_integer::handler(instruction))
         .or_else(|| sse_float::handler(instruction))
+        .or_else(|| sse_convert::handler(instruction))
         .or_else(|| sse_string::handler(instruction))
         .or_else(|| mmx::handler(instruction))
         .or_else(|| fxsave::handler(instruction))
         .or_else(|| x87::handler(instruction))
+        .or_else(|| x87_transfer::handler(instruction))
         .or_else(|| x87_functions::handler(instruction))
         .or_else(|| x87_control::handler(instruction))
 }

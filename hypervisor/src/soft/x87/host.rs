@@ -263,8 +263,6 @@ operations! {
     LoadI32 push "fild dword ptr [{f}+32]";
     /// Loads a 64-bit integer.
     LoadI64 push "fild qword ptr [{f}+32]";
-    /// Loads a packed decimal integer.
-    LoadBcd push "fbld [{f}+32]";
     /// Loads 1.
     LoadOne push "fld1";
     /// Loads +0.

@@ -3,3 +3,6 @@
 pub mod host;
 pub mod transcendental;
 pub mod wide;
+
+#[cfg(test)]
+mod reference;

@@ -7,7 +7,7 @@ use std::arch::asm;
 
 use iced_x86::{Code, Instruction};
 
-use super::sse_float::{Conversion, convert};
+use super::sse_convert::{Conversion, convert};
 use super::sse_integer::shuffle;
 use super::sse_move::{implicit_address, store_masked};
 use super::vector::{Binary, M64, M128, Register, Source, bits, host_binary, in_memory, vector};
