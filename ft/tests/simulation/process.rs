@@ -350,7 +350,7 @@ impl World {
                     self.after(delay, Happening::Loaded { at: end });
                 }
                 backup::Action::Replay { end: position, bytes } => {
-                    self.checkers.received(self.nodes[id].generation, position.0);
+                    self.checkers.received(end, position.0);
                     self.nodes[id].log.push_back(bytes);
                     if self.plant == Some(Plant::LiveWithoutDraining) {
                         let point = ft::ExecutionPoint(0);
@@ -386,9 +386,12 @@ impl World {
         let mut released = Vec::new();
         self.nodes[id].gate.release(now, through, |_, tagged| released.push(tagged));
         let end = self.nodes[id].end();
+        let backup = self.nodes[id]
+            .connection
+            .map(|(connection, end)| self.network.connections[connection].ends[1 - end]);
         for tagged in released {
             if checked {
-                self.checkers.released(end, &tagged);
+                self.checkers.released(end, backup, &tagged);
             }
             self.give_to_back_half(id, tagged);
         }

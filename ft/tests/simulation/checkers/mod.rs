@@ -88,13 +88,13 @@ impl Checkers {
     }
 
     /// A backup has the log up to here in its hands.
-    pub fn received(&mut self, generation: u64, position: u64) {
-        self.output_rule.received(generation, position);
+    pub fn received(&mut self, backup: End, position: u64) {
+        self.output_rule.received(backup, position);
     }
 
-    /// A primary has let an output out of the gate.
-    pub fn released(&mut self, end: End, tagged: &Tagged) {
-        let verdict = self.output_rule.released(tagged);
+    /// A primary with this backup has let an output out of the gate.
+    pub fn released(&mut self, end: End, backup: Option<End>, tagged: &Tagged) {
+        let verdict = self.output_rule.released(backup, tagged);
         self.judge("output_rule", verdict);
         let verdict = self.doubt.acts(end);
         self.judge("doubt", verdict);

@@ -3,22 +3,23 @@
 use std::collections::BTreeMap;
 
 use super::Verdict;
+use crate::network::End;
 use crate::node::Tagged;
 
 #[derive(Default)]
 pub struct OutputRule {
-    received: BTreeMap<u64, u64>,
+    /// By process: what it has of the log it was sent. A generation can see several copies begun.
+    received: BTreeMap<(usize, u32), u64>,
 }
 
 impl OutputRule {
-    pub fn received(&mut self, generation: u64, position: u64) {
-        // A generation can see several attempts at a copy, each with a log of its own; the last
-        // one counts.
-        self.received.insert(generation, position);
+    pub fn received(&mut self, backup: End, position: u64) {
+        self.received.insert((backup.node, backup.life), position);
     }
 
-    pub fn released(&self, tagged: &Tagged) -> Verdict {
-        let received = self.received.get(&tagged.generation).copied().unwrap_or(0);
+    pub fn released(&self, backup: Option<End>, tagged: &Tagged) -> Verdict {
+        let key = backup.map(|end| (end.node, end.life));
+        let received = key.and_then(|key| self.received.get(&key)).copied().unwrap_or(0);
         match tagged.position {
             Some(position) if position > received => Err(format!(
                 "output {} needs log position {position}, the backup has {received}",
