@@ -10,18 +10,14 @@ mod report;
 use std::fs::OpenOptions;
 use std::io;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use clap::Parser;
-use hypervisor::Hypervisor;
-use hypervisor::soft::SoftHypervisor;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::api::dispatch::dispatch;
 use vmm::api::route::Call;
 use vmm::api::{ApiSocket, EventLoop, Inbox, Server};
-use vmm::config::HypervisorChoice;
 use vmm::vmm::Vmm;
 
 use options::{ApiSocketOption, Options};
@@ -46,7 +42,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
     start_log(options)?;
     let first_call = first_call(options)?;
     let (event_loop, inbox) = EventLoop::new(options.no_shutdown);
-    let mut vmm = Vmm::new(hypervisor(options.hypervisor)?, inbox.doorbell());
+    let (hypervisor, reason) = hypervisor::choose(options.hypervisor)?;
+    log::info!("{reason}");
+    let mut vmm = Vmm::new(hypervisor, inbox.doorbell());
     let socket = match &options.api_socket {
         None => None,
         Some(ApiSocketOption::Path(path)) => Some(ApiSocket::bind(path)?),
@@ -65,18 +63,6 @@ fn run(options: &Options) -> anyhow::Result<()> {
         }
     }
     Ok(event_loop.run(&mut vmm)?)
-}
-
-/// What executes the guest.
-fn hypervisor(choice: HypervisorChoice) -> anyhow::Result<Arc<dyn Hypervisor>> {
-    match choice {
-        HypervisorChoice::Kvm => {
-            bail!("the KVM backend cannot run whole guests yet: use --hypervisor soft")
-        }
-        HypervisorChoice::Auto => log::info!("the software CPU executes the guest: no KVM backend"),
-        HypervisorChoice::Soft => log::info!("the software CPU executes the guest, as asked"),
-    }
-    Ok(Arc::new(SoftHypervisor))
 }
 
 /// What the options ask for beyond waiting for the API.

@@ -8,7 +8,8 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser};
-use vmm::config::{HypervisorChoice, VmOptions};
+use hypervisor::Choice;
+use vmm::config::VmOptions;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -42,7 +43,7 @@ pub struct Options {
     #[arg(long, value_name = "auto|soft|kvm", default_value = "auto", hide_default_value = true,
         hide_possible_values = true,
         value_parser = hypervisor_parser())]
-    pub hypervisor: HypervisorChoice,
+    pub hypervisor: Choice,
 
     /// Start from a snapshot: source_url=file:///DIR[,resume=on]
     #[arg(long, value_name = "OPTIONS")]
@@ -197,12 +198,8 @@ impl FromStr for ApiSocketOption {
     }
 }
 
-fn hypervisor_parser() -> impl TypedValueParser<Value = HypervisorChoice> {
-    let names = HypervisorChoice::ALL.map(|(name, _)| name);
-    PossibleValuesParser::new(names).map(|name| {
-        let known = HypervisorChoice::ALL.into_iter().find(|(known, _)| *known == name);
-        known.map_or_else(HypervisorChoice::default, |(_, choice)| choice)
-    })
+fn hypervisor_parser() -> impl TypedValueParser<Value = Choice> {
+    PossibleValuesParser::new(["auto", "soft", "kvm"]).try_map(|name| name.parse())
 }
 
 #[cfg(test)]

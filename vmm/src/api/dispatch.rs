@@ -159,7 +159,7 @@ pub fn ping() -> VmmPing {
         version,
         pid: i64::from(std::process::id()),
         // None of those that Cloud Hypervisor names.
-        features: Vec::new(),
+        features: vec!["kvm".to_owned()],
     }
 }
 

@@ -96,24 +96,6 @@ fn many<T>(
     values.iter().map(parse).collect::<std::result::Result<_, _>>().map(Some)
 }
 
-/// Which hypervisor executes the guest: `--hypervisor`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum HypervisorChoice {
-    /// KVM where hardware stands behind it, else the software CPU.
-    #[default]
-    Auto,
-    /// The software CPU.
-    Soft,
-    /// KVM.
-    Kvm,
-}
-
-impl HypervisorChoice {
-    /// All there are, by the names users type.
-    pub const ALL: [(&str, Self); 3] =
-        [("auto", Self::Auto), ("soft", Self::Soft), ("kvm", Self::Kvm)];
-}
-
 const NUMBER: &str = "a number";
 
 impl CpusConfig {

@@ -15,7 +15,7 @@ mod option_string;
 mod unsupported;
 mod validate;
 
-pub use cli::{HypervisorChoice, OptionError, VmOptions};
+pub use cli::{OptionError, VmOptions};
 pub use compute::{
     CoreScheduling, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig, HotplugMethod,
     MemoryConfig, MemoryZoneConfig, NumaConfig, NumaDistance, PciSegmentConfig, PlatformConfig,
