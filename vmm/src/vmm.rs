@@ -6,7 +6,7 @@
 
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ft::message::CloneStart;
 use ft::status::Failover;
@@ -38,8 +38,6 @@ use crate::vm::{Prepared, Vm, VmDoorbell};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the end of protection is waited for before the VM is taken down.
 const DISABLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often an ending ft thread is looked at.
-const POLL: Duration = Duration::from_millis(1);
 
 /// One process's VMM.
 pub struct Vmm {
@@ -105,11 +103,7 @@ impl Vmm {
             let disable = ft::primary::Input::Disable { reason: reason.to_owned() };
             match primary.command(disable) {
                 Ok(()) => {
-                    let give_up = Instant::now() + DISABLE_TIMEOUT;
-                    while !primary.ended() && Instant::now() < give_up {
-                        std::thread::sleep(POLL);
-                    }
-                    if !primary.ended() {
+                    if !primary.wait(DISABLE_TIMEOUT) {
                         log::warn!(
                             "the end of protection is not confirmed: {}",
                             primary.status().state

@@ -21,7 +21,7 @@ use vmm::guest::Guest;
 use vmm::machine::{HostFacts, layout};
 use vmm::run_loop::live::{self, Live};
 use vmm::run_loop::outgoing::Outlet;
-use vmm::run_loop::recorder::{FromVcpu, LinkState, Recorder};
+use vmm::run_loop::recorder::{Feedback, FromVcpu, Recorder};
 use vmm::run_loop::replay::{self, Replay, ReplayObserver};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -88,8 +88,8 @@ fn record(
 ) -> (Digest, ExecutionPoint) {
     let (sink, flushes) = crossbeam_channel::unbounded();
     let waker = Arc::new(EventFd::new(0).unwrap());
-    let link = Arc::new(LinkState::default());
-    let recorder = Recorder::new(guest.point(), sink, waker, Arc::clone(&link));
+    let feedback = Arc::new(Feedback::default());
+    let recorder = Recorder::new(guest.point(), sink, waker, Arc::clone(&feedback));
     let mut live = Live::new(&guest, Arc::clone(&outlet), guest.tsc(), Instant::now());
     live.start_recording(&guest, Box::new(recorder));
     let mut next = live::Next::Again;
@@ -112,7 +112,7 @@ fn record(
             log.write_all(&flush.bytes).unwrap();
             for held in flush.outputs {
                 held.outgoing.release(&*outlet);
-                link.release(held.number);
+                feedback.release(held.number);
             }
         }
     }

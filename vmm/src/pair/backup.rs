@@ -21,7 +21,7 @@ use hypervisor::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Channel;
+use super::channel::Link;
 use super::clone::CloneState;
 use super::{StatusCell, boot_time, wait};
 use crate::boot::Payload;
@@ -146,8 +146,7 @@ impl ProgressReporter {
 pub(super) struct BackupSide {
     machine: Backup,
     actions: VecDeque<Action>,
-    channel: Option<Channel>,
-    hang_up: bool,
+    link: Link,
     host: Box<dyn BackupHost>,
     memory: Option<GuestMemory>,
     payload: Vec<u8>,
@@ -177,8 +176,7 @@ impl BackupSide {
         let side = Self {
             machine: Backup::new(boot_time(), config),
             actions: VecDeque::new(),
-            channel: Some(Channel::new(stream)?),
-            hang_up: false,
+            link: Link::new(stream)?,
             host,
             memory: None,
             payload: Vec::new(),
@@ -202,13 +200,13 @@ impl BackupSide {
             if self.machine.ended() {
                 // The peer may never read our last words.
                 let until = *linger.get_or_insert_with(|| boot_time() + Duration::from_secs(1));
-                if self.channel.is_none() || boot_time() >= until {
+                if !self.link.is_open() || boot_time() >= until {
                     return self.machine.state_name() == "live";
                 }
             }
             let second = boot_time() + Duration::from_secs(1);
             let deadline = self.machine.next_deadline().unwrap_or(second);
-            let ready = wait(self.channel.as_ref(), &self.waker, deadline);
+            let ready = wait(self.link.channel(), &self.waker, deadline);
             if ready.readable {
                 self.read();
             }
@@ -234,42 +232,28 @@ impl BackupSide {
         result
     }
 
-    fn lose(&mut self, reason: String) {
-        if self.channel.take().is_some() && !self.hang_up {
+    fn lost(&mut self, reason: Option<String>) {
+        if let Some(reason) = reason {
             self.step(Input::ConnectionLost { reason });
         }
     }
 
     fn read(&mut self) {
-        let filled = match &mut self.channel {
-            Some(channel) => channel.fill(),
-            None => return,
-        };
-        // What came before the end is still good.
-        loop {
-            let message = match self.channel.as_mut().map(Channel::next_message) {
-                Some(Ok(Some(message))) => message,
-                Some(Ok(None)) | None => break,
-                Some(Err(error)) => return self.lose(error.to_string()),
-            };
+        let heard = self.link.read();
+        for message in heard.messages {
             self.step(Input::Message(message));
         }
-        if let Err(error) = filled {
-            self.lose(error.to_string());
-        }
+        self.lost(heard.lost);
     }
 
     fn write(&mut self) {
-        let result = match &mut self.channel {
-            Some(channel) => channel.flush(),
-            None => return,
-        };
-        if let Err(error) = result {
-            return self.lose(error.to_string());
-        }
-        if self.hang_up && self.channel.as_ref().is_some_and(|channel| channel.queued() == 0) {
-            self.channel = None;
-        }
+        let lost = self.link.flush();
+        self.lost(lost);
+    }
+
+    fn send(&mut self, message: &Message) {
+        let lost = self.link.send(message);
+        self.lost(lost);
     }
 
     fn take_inward(&mut self) {
@@ -307,7 +291,7 @@ impl BackupSide {
     fn act(&mut self, action: Action) -> Result<(), String> {
         match action {
             Action::Send(message) => self.send(&message),
-            Action::HangUp => self.hang_up = true,
+            Action::HangUp => self.link.hang_up(),
             Action::Prepare(start) => match self.prepare(&start) {
                 Ok(()) => self.step(Input::Accept),
                 Err(reason) => self.step(Input::Refuse { reason }),
@@ -344,16 +328,6 @@ impl BackupSide {
             },
         }
         Ok(())
-    }
-
-    fn send(&mut self, message: &Message) {
-        let result = match &mut self.channel {
-            Some(channel) => channel.send(message),
-            None => return,
-        };
-        if let Err(error) = result {
-            self.lose(error.to_string());
-        }
     }
 
     fn prepare(&mut self, start: &CloneStart) -> Result<(), String> {

@@ -110,3 +110,85 @@ impl AsRawFd for Channel {
         self.stream.as_raw_fd()
     }
 }
+
+/// A channel for as long as it lasts. Its loss is told once, by whichever call met it, and not at all
+/// after [`Link::hang_up`].
+pub struct Link {
+    channel: Option<Channel>,
+    hanging_up: bool,
+}
+
+/// What came in.
+pub struct Heard {
+    /// Complete messages, in order.
+    pub messages: Vec<Message>,
+    /// Why nothing more will come.
+    pub lost: Option<String>,
+}
+
+impl Link {
+    /// Takes over a connected socket.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        Ok(Self { channel: Some(Channel::new(stream)?), hanging_up: false })
+    }
+
+    /// The channel, to be waited for.
+    #[must_use]
+    pub fn channel(&self) -> Option<&Channel> {
+        self.channel.as_ref()
+    }
+
+    /// Whether more may come or go.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.channel.is_some()
+    }
+
+    /// Bytes that the socket has not taken; `None` once it is closed.
+    #[must_use]
+    pub fn queued(&self) -> Option<usize> {
+        self.channel.as_ref().map(Channel::queued)
+    }
+
+    /// Closes the channel once everything is sent.
+    pub fn hang_up(&mut self) {
+        self.hanging_up = true;
+    }
+
+    /// Reads what is there. What came before the end is still good.
+    pub fn read(&mut self) -> Heard {
+        let mut messages = Vec::new();
+        let Some(channel) = &mut self.channel else { return Heard { messages, lost: None } };
+        let filled = channel.fill();
+        let ended = loop {
+            match channel.next_message() {
+                Ok(Some(message)) => messages.push(message),
+                Ok(None) => break filled,
+                Err(error) => break Err(error),
+            }
+        };
+        Heard { messages, lost: self.check(ended) }
+    }
+
+    /// Sends a message; tells if the channel was lost by it.
+    pub fn send(&mut self, message: &Message) -> Option<String> {
+        let sent = self.channel.as_mut()?.send(message);
+        self.check(sent)
+    }
+
+    /// Sends what is queued; tells if the channel was lost by it.
+    pub fn flush(&mut self) -> Option<String> {
+        let flushed = self.channel.as_mut()?.flush();
+        let lost = self.check(flushed);
+        if self.hanging_up && self.queued() == Some(0) {
+            self.channel = None;
+        }
+        lost
+    }
+
+    fn check(&mut self, result: Result<(), ChannelError>) -> Option<String> {
+        let error = result.err()?;
+        self.channel = None;
+        (!self.hanging_up).then(|| error.to_string())
+    }
+}

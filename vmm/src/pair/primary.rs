@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ft::primary::{Action, IllegalInput, Input};
 use ft::status::{CloneStatus, Failover, FtStatus};
 use ft::{
@@ -21,13 +21,13 @@ use ft::{
 use hypervisor::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Channel;
+use super::channel::Link;
 use super::clone::{CloneProgress, CloneSender, CloneStep};
 use super::{StatusCell, boot_time, wait};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
-use crate::run_loop::recorder::{FromVcpu, LinkState, Recorder};
+use crate::run_loop::recorder::{Feedback, FromVcpu, Recorder};
 use crate::run_loop::{self, Command};
 
 /// Clone messages between the clone thread and the socket.
@@ -74,7 +74,8 @@ pub struct PrimaryThread {
     operator: Sender<Inward>,
     waker: Arc<EventFd>,
     status: StatusCell,
-    handle: Option<JoinHandle<()>>,
+    /// Closed when the thread has ended.
+    done: Receiver<()>,
 }
 
 /// Inputs from threads other than the vCPU's and the clone's.
@@ -91,7 +92,7 @@ impl PrimaryThread {
     pub fn start(parts: PrimaryParts) -> Result<Self, String> {
         let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
         let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(fail)?);
-        let channel = Channel::new(parts.stream).map_err(fail)?;
+        let link = Link::new(parts.stream).map_err(fail)?;
         let (operator, inward) = crossbeam_channel::unbounded();
         let (started, accepted) = crossbeam_channel::bounded(1);
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
@@ -101,8 +102,7 @@ impl PrimaryThread {
         let side = PrimarySide {
             machine,
             actions: actions.into(),
-            channel: Some(channel),
-            hang_up: false,
+            link,
             gate: OutputGate::new(),
             arbiter: parts.arbiter,
             inbox: parts.inbox,
@@ -110,7 +110,7 @@ impl PrimaryThread {
             payload: parts.payload,
             outlet: parts.outlet,
             observer: parts.observer,
-            link: Arc::default(),
+            feedback: Arc::default(),
             inward,
             inward_sender: operator.clone(),
             flush_sender: Some(flush_sender),
@@ -124,11 +124,15 @@ impl PrimaryThread {
             started: Some(started),
             status: status.clone(),
         };
-        let handle = std::thread::Builder::new()
+        let (running, done) = crossbeam_channel::bounded(0);
+        std::thread::Builder::new()
             .name("ft-primary".into())
-            .spawn(move || side.run())
+            .spawn(move || {
+                side.run();
+                drop(running);
+            })
             .map_err(fail)?;
-        let this = Self { operator, waker, status, handle: Some(handle) };
+        let this = Self { operator, waker, status, done };
         match accepted.recv() {
             Ok(Ok(())) => Ok(this),
             Ok(Err(reason)) => Err(reason),
@@ -151,17 +155,17 @@ impl PrimaryThread {
         self.status.get()
     }
 
-    /// Waits for the thread to end by itself: after `Disable`, `HandOver` or a failure.
-    pub fn join(mut self) {
-        if let Some(handle) = self.handle.take() {
-            let _ = handle.join();
-        }
+    /// Waits for the thread to end by itself: after `Disable`, `HandOver` or a failure. False if it has not
+    /// within `timeout`.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> bool {
+        matches!(self.done.recv_timeout(timeout), Err(RecvTimeoutError::Disconnected))
     }
 
     /// Whether the thread has ended.
     #[must_use]
     pub fn ended(&self) -> bool {
-        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
+        self.wait(Duration::ZERO)
     }
 }
 
@@ -175,9 +179,7 @@ struct CloneThread {
 struct PrimarySide {
     machine: Primary,
     actions: VecDeque<Action>,
-    channel: Option<Channel>,
-    /// Close the channel once it is empty.
-    hang_up: bool,
+    link: Link,
     gate: OutputGate<Outgoing>,
     arbiter: Arc<dyn Arbiter>,
     inbox: InboxSender<run_loop::Message>,
@@ -185,7 +187,7 @@ struct PrimarySide {
     payload: Arc<Payload>,
     outlet: Arc<dyn Outlet>,
     observer: Box<dyn PrimaryObserver>,
-    link: Arc<LinkState>,
+    feedback: Arc<Feedback>,
     inward: Receiver<Inward>,
     inward_sender: Sender<Inward>,
     /// Kept until the recorder is made: once the recorder is dropped, `flushes` closes.
@@ -208,12 +210,12 @@ impl PrimarySide {
         loop {
             self.perform();
             self.update_status();
-            if self.machine.ended() && self.channel.is_none() {
+            if self.machine.ended() && !self.link.is_open() {
                 return;
             }
             let deadline =
                 self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
-            let ready = wait(self.channel.as_ref(), &self.waker, deadline);
+            let ready = wait(self.link.channel(), &self.waker, deadline);
             if ready.readable {
                 self.read();
             }
@@ -251,46 +253,32 @@ impl PrimarySide {
         }
     }
 
-    fn lose(&mut self, reason: String) {
-        if self.channel.take().is_some() && !self.hang_up {
+    fn lost(&mut self, reason: Option<String>) {
+        if let Some(reason) = reason {
             self.step(Input::ConnectionLost { reason });
         }
     }
 
     fn read(&mut self) {
-        let filled = match &mut self.channel {
-            Some(channel) => channel.fill(),
-            None => return,
-        };
-        // What came before the end is still good.
-        loop {
-            let message = match self.channel.as_mut().map(Channel::next_message) {
-                Some(Ok(Some(message))) => message,
-                Some(Ok(None)) | None => break,
-                Some(Err(error)) => return self.lose(error.to_string()),
-            };
+        let heard = self.link.read();
+        for message in heard.messages {
             self.step(Input::Message(message));
         }
-        if let Err(error) = filled {
-            self.lose(error.to_string());
-        }
+        self.lost(heard.lost);
     }
 
     fn write(&mut self) {
-        let result = match &mut self.channel {
-            Some(channel) => channel.flush(),
-            None => return,
-        };
-        if let Err(error) = result {
-            return self.lose(error.to_string());
-        }
-        if self.hang_up && self.channel.as_ref().is_some_and(|channel| channel.queued() == 0) {
-            self.channel = None;
-        }
+        let lost = self.link.flush();
+        self.lost(lost);
+    }
+
+    fn send(&mut self, message: &Message) {
+        let lost = self.link.send(message);
+        self.lost(lost);
     }
 
     fn take_clone_steps(&mut self) {
-        while self.channel.as_ref().is_some_and(|channel| channel.queued() < CLONE_QUEUE_BYTES) {
+        while self.link.queued().is_some_and(|bytes| bytes < CLONE_QUEUE_BYTES) {
             let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok())
             else {
                 return;
@@ -348,7 +336,7 @@ impl PrimarySide {
     fn act(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.send(&message),
-            Action::HangUp => self.hang_up = true,
+            Action::HangUp => self.link.hang_up(),
             Action::StartClone => self.start_clone(),
             Action::Protected => self.observer.protected(),
             Action::Release { through } => {
@@ -357,7 +345,7 @@ impl PrimarySide {
                     .gate
                     .release(boot_time(), through, |_, outgoing| outgoing.release(&**outlet));
                 if let Some(number) = released {
-                    self.link.release(number);
+                    self.feedback.release(number);
                 }
             }
             Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
@@ -379,10 +367,10 @@ impl PrimarySide {
                 self.inbox.send(run_loop::Message::Command(Command::HandOver));
             }
             Action::Quiesce => self.quiesce(),
-            Action::Throttle(fraction) => self.link.set_throttle(fraction),
-            Action::Stall => self.link.set_stalled(true),
+            Action::Throttle(fraction) => self.feedback.set_throttle(fraction),
+            Action::Stall => self.feedback.set_stalled(true),
             Action::Unstall => {
-                self.link.set_stalled(false);
+                self.feedback.set_stalled(false);
                 self.inbox.send(run_loop::Message::Wake);
             }
             Action::Diverged { point, unequal } => self.observer.diverged(point, &unequal),
@@ -390,16 +378,6 @@ impl PrimarySide {
                 Some(reason) => log::info!("primary: {state}: {reason}"),
                 None => log::info!("primary: {state}"),
             },
-        }
-    }
-
-    fn send(&mut self, message: &Message) {
-        let result = match &mut self.channel {
-            Some(channel) => channel.send(message),
-            None => return,
-        };
-        if let Err(error) = result {
-            self.lose(error.to_string());
         }
     }
 
@@ -423,8 +401,8 @@ impl PrimarySide {
             progress: Arc::clone(&self.progress),
             cancelled: Arc::clone(&cancelled),
         };
-        let (waker, link) = (Arc::clone(&self.waker), Arc::clone(&self.link));
-        let recorder = move |point| Recorder::new(point, flush_sender, waker, link);
+        let (waker, feedback) = (Arc::clone(&self.waker), Arc::clone(&self.feedback));
+        let recorder = move |point| Recorder::new(point, flush_sender, waker, feedback);
         let thread = std::thread::Builder::new().name("clone".into());
         match thread.spawn(move || clone.run(recorder)) {
             Ok(handle) => self.clone = Some(CloneThread { steps, cancelled, handle }),

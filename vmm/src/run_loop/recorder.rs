@@ -2,7 +2,7 @@
 //!
 //! Records and outputs are collected and handed to the ft thread in one piece at each flush, so that the
 //! run loop takes no lock and the ft thread is woken once. The ft thread answers through a few atomics
-//! ([`LinkState`]).
+//! ([`Feedback`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -57,13 +57,13 @@ pub struct HeldOutput {
 
 /// What the ft thread tells the vCPU thread.
 #[derive(Debug, Default)]
-pub struct LinkState {
+pub struct Feedback {
     released: AtomicU64,
     throttle_permille: AtomicU32,
     stalled: AtomicBool,
 }
 
-impl LinkState {
+impl Feedback {
     /// Outputs through `number` have left.
     pub fn release(&self, number: OutputNumber) {
         self.released.store(number.0, Ordering::Release);
@@ -91,7 +91,7 @@ pub struct Recorder {
     last_released: OutputNumber,
     sink: Sender<FromVcpu>,
     waker: Arc<EventFd>,
-    link: Arc<LinkState>,
+    feedback: Arc<Feedback>,
 }
 
 impl Recorder {
@@ -102,7 +102,7 @@ impl Recorder {
         start: ExecutionPoint,
         sink: Sender<FromVcpu>,
         waker: Arc<EventFd>,
-        link: Arc<LinkState>,
+        feedback: Arc<Feedback>,
     ) -> Self {
         Self {
             encoder: Encoder::new(start),
@@ -112,7 +112,7 @@ impl Recorder {
             last_released: OutputNumber(0),
             sink,
             waker,
-            link,
+            feedback,
         }
     }
 
@@ -139,7 +139,7 @@ impl Recorder {
 
     /// Tells the backup which outputs it no longer needs to keep.
     pub fn record_released(&mut self, point: ExecutionPoint) {
-        let through = OutputNumber(self.link.released.load(Ordering::Acquire));
+        let through = OutputNumber(self.feedback.released.load(Ordering::Acquire));
         if through > self.last_released {
             self.last_released = through;
             self.record(point, &Entry::Released { through });
@@ -166,13 +166,13 @@ impl Recorder {
     /// Whether the guest must wait for room in the log.
     #[must_use]
     pub fn stalled(&self) -> bool {
-        self.link.stalled.load(Ordering::Acquire)
+        self.feedback.stalled.load(Ordering::Acquire)
     }
 
     /// How long the guest must rest after this quantum so that the backup can keep up.
     #[must_use]
     pub fn throttle_pause(&self) -> Option<Duration> {
-        let permille = u64::from(self.link.throttle_permille.load(Ordering::Acquire));
+        let permille = u64::from(self.feedback.throttle_permille.load(Ordering::Acquire));
         if permille == 0 {
             return None;
         }
