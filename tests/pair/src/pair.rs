@@ -175,18 +175,26 @@ impl Pair {
         Ok(compared)
     }
 
-    /// Presses the power button and waits until every side has ended, then checks the disk.
+    /// Presses the power button, waits until the VM is gone on every side, then checks the disk.
+    ///
+    /// The VMM that booted the guest ends with it. A backup's VMM goes back to waiting for a VM; it must
+    /// not have gone live.
     ///
     /// # Errors
     ///
-    /// If the guest does not go down, a side stays, or the file system has errors.
+    /// If the guest does not go down, a side keeps it, or the file system has errors.
     pub fn power_off(mut self) -> Result<Lab> {
         self.primary.api().put("vm.power-button")?;
-        let mut sides = vec![self.primary];
-        sides.extend(self.backup.take());
-        for mut vmm in sides {
-            let status = vmm.wait(CHANGE)?;
-            ensure!(status.success(), "dyad ended with {status}: {}", vmm.log());
+        let ended = self.primary.wait(CHANGE);
+        let status = ended.with_context(|| self.primary.log_end())?;
+        ensure!(status.success(), "dyad ended with {status}: {}", self.primary.log());
+        if let Some(mut backup) = self.backup.take() {
+            let status =
+                wait_for_status(&backup, "listening", |status| status.state == "listening")?;
+            ensure!(status.last_failover.is_none(), "the backup went live: {status:?}");
+            ensure!(backup.state().is_err(), "the backup still has a VM");
+            backup.api().put("vmm.shutdown")?;
+            ensure!(backup.wait(CHANGE)?.success(), "{}", backup.log());
         }
         self.lab.disk.check()?;
         Ok(self.lab)

@@ -120,14 +120,13 @@ fn a_primary_that_was_only_asleep_does_not_write_over_its_successor() -> Result<
 }
 
 #[test]
-fn powering_off_a_protected_guest_ends_both_sides() -> Result<()> {
+fn powering_off_a_protected_guest_ends_it_on_both_sides() -> Result<()> {
     if !met("power off while protected", &NEEDS) {
         return Ok(());
     }
     let mut pair = Pair::boot(Lab::new()?)?;
     pair.protect()?;
     progress(&pair.lab.load(Options::new(pair.lab.service()?, "off"))?, 20)?;
-    // Ends with both processes gone and the disk unmounted cleanly, or fails.
     pair.power_off()?;
     Ok(())
 }
