@@ -98,6 +98,7 @@ impl PrimaryThread {
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
         let status = StatusCell::default();
         let mut actions = Vec::new();
+        let max_held_bytes = parts.config.terms.log_buffer_bytes;
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
         let side = PrimarySide {
             machine,
@@ -111,6 +112,9 @@ impl PrimaryThread {
             outlet: parts.outlet,
             observer: parts.observer,
             feedback: Arc::default(),
+            log_full: false,
+            max_held_bytes,
+            stalled: false,
             inward,
             inward_sender: operator.clone(),
             flush_sender: Some(flush_sender),
@@ -188,6 +192,12 @@ struct PrimarySide {
     outlet: Arc<dyn Outlet>,
     observer: Box<dyn PrimaryObserver>,
     feedback: Arc<Feedback>,
+    /// The state machine wants the guest to wait.
+    log_full: bool,
+    /// Payload bytes of outputs in the gate beyond which the guest waits.
+    max_held_bytes: u64,
+    /// What the vCPU thread was told.
+    stalled: bool,
     inward: Receiver<Inward>,
     inward_sender: Sender<Inward>,
     /// Kept until the recorder is made: once the recorder is dropped, `flushes` closes.
@@ -331,6 +341,20 @@ impl PrimarySide {
         while let Some(action) = self.actions.pop_front() {
             self.act(action);
         }
+        self.stall();
+    }
+
+    /// The guest waits while the log buffers are full, and also while it has made more outputs than may be
+    /// held: nobody bounds those if the backup is silent and the arbiter too.
+    fn stall(&mut self) {
+        let full = self.log_full || self.gate.held_bytes() as u64 > self.max_held_bytes;
+        if full != self.stalled {
+            self.stalled = full;
+            self.feedback.set_stalled(full);
+            if !full {
+                self.inbox.send(run_loop::Message::Wake);
+            }
+        }
     }
 
     fn act(&mut self, action: Action) {
@@ -368,11 +392,8 @@ impl PrimarySide {
             }
             Action::Quiesce => self.quiesce(),
             Action::Throttle(fraction) => self.feedback.set_throttle(fraction),
-            Action::Stall => self.feedback.set_stalled(true),
-            Action::Unstall => {
-                self.feedback.set_stalled(false);
-                self.inbox.send(run_loop::Message::Wake);
-            }
+            Action::Stall => self.log_full = true,
+            Action::Unstall => self.log_full = false,
             Action::Diverged { point, unequal } => self.observer.diverged(point, &unequal),
             Action::Changed { state, reason } => match reason {
                 Some(reason) => log::info!("primary: {state}: {reason}"),
@@ -471,10 +492,12 @@ impl PrimarySide {
     fn update_status(&mut self) {
         let now = boot_time();
         let (machine, gate, progress) = (&self.machine, &self.gate, &self.progress);
+        let stalled = self.stalled;
         let total_bytes = vm_memory_bytes(&self.memory);
         self.status.update(now, machine.state_name(), |status| {
             machine.status(now, status);
             status.held_outputs = gate.held() as u64;
+            status.stalled = stalled;
             status.held_output_bytes = gate.held_bytes() as u64;
             status.output_delay = gate.delays();
             let pause_us = progress.pause_us.load(Ordering::Relaxed);
