@@ -283,11 +283,15 @@ impl Vm {
         prepared.restore(payload, &saved.guest, doorbell)
     }
 
-    /// Writes a snapshot; the VM must be paused.
-    pub fn snapshot(&self, directory: &Path) -> Result<(), SnapshotFailure> {
-        let state = run_loop::ask(self.inbox(), Command::Save)?;
-        let saved = SavedVm::new(self.host.clone(), state);
-        Ok(snapshot::write(directory, &self.config, &saved, &self.memory)?)
+    /// What is needed to write a snapshot without holding on to the VM.
+    #[must_use]
+    pub fn snapshot(&self) -> SnapshotJob {
+        SnapshotJob {
+            inbox: self.inbox().clone(),
+            host: self.host.clone(),
+            config: self.config.clone(),
+            memory: self.memory.clone(),
+        }
     }
 
     /// The way to its vCPU thread.
@@ -335,6 +339,23 @@ impl Vm {
     /// Its devices as they are now.
     pub fn look(&self) -> Result<View, CommandError> {
         run_loop::ask(self.inbox(), Command::Look)
+    }
+}
+
+/// A snapshot about to be written.
+pub struct SnapshotJob {
+    inbox: InboxSender<Message>,
+    host: HostFacts,
+    config: VmConfig,
+    memory: GuestMemory,
+}
+
+impl SnapshotJob {
+    /// Writes it; the VM must be paused.
+    pub fn write(self, directory: &Path) -> Result<(), SnapshotFailure> {
+        let state = run_loop::ask(&self.inbox, Command::Save)?;
+        let saved = SavedVm::new(self.host, state);
+        Ok(snapshot::write(directory, &self.config, &saved, &self.memory)?)
     }
 }
 

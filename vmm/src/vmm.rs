@@ -339,10 +339,9 @@ impl Control for Vmm {
         let fail =
             |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
         let directory = config.directory().map_err(|error| fail(&error))?;
-        let state = self.lock();
-        let vm =
-            state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
-        vm.snapshot(&directory).map_err(|error| fail(&error))
+        let job = self.lock().vm.as_ref().map(Vm::snapshot);
+        let job = job.ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
+        job.write(&directory).map_err(|error| fail(&error))
     }
 
     fn restore(&mut self, config: &RestoreConfig) -> Result<(), ControlError> {
