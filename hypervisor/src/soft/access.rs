@@ -5,7 +5,7 @@
 
 use super::cpu::{Cpu, RSP, Trap, TrapKind};
 use super::op::{ADDRESS_32, LINEAR_32, Op, SEGMENT_NUMBER, Word};
-use super::tlb::{self, Access, HAS_CODE, NOT_DIRTY, SUPERVISOR};
+use super::tlb::{Access, Context, Entry, HAS_CODE, NOT_DIRTY, Slot};
 use crate::memory::{CODE, PAGE_SIZE};
 
 const PAGE_MASK: u64 = !(PAGE_SIZE as u64 - 1);
@@ -31,38 +31,186 @@ impl Cpu {
     /// The linear address of the memory operand. Whether it is canonical is checked by the access.
     #[inline(always)]
     pub fn ea(&self, op: &Op) -> u64 {
+        if op.segment & (ADDRESS_32 | LINEAR_32) == 0 {
+            self.address_64(op)
+        } else {
+            self.linear(op, self.effective_offset(op))
+        }
+    }
+
+    /// The linear address of a memory operand that is not computed in 32 bits.
+    #[inline(always)]
+    fn address_64(&self, op: &Op) -> u64 {
+        self.offset_64(op)
+            .wrapping_add(self.segments[usize::from(op.segment & SEGMENT_NUMBER)].base)
+    }
+
+    #[inline(always)]
+    fn offset_64(&self, op: &Op) -> u64 {
         let base = self.gpr[usize::from(op.base & 31)];
         let index = self.gpr[usize::from(op.index & 31)];
-        let address =
-            base.wrapping_add(index << (op.scale & 3)).wrapping_add(op.disp as i64 as u64);
-        if op.segment == 0 { address } else { self.segmented(op, address) }
+        base.wrapping_add(index << (op.scale & 3)).wrapping_add(op.disp as i64 as u64)
     }
 
     /// The offset LEA computes: the address without a segment base.
     #[inline(always)]
     pub fn effective_offset(&self, op: &Op) -> u64 {
-        let base = self.gpr[usize::from(op.base & 31)];
-        let index = self.gpr[usize::from(op.index & 31)];
-        let address =
-            base.wrapping_add(index << (op.scale & 3)).wrapping_add(op.disp as i64 as u64);
-        if op.segment & ADDRESS_32 == 0 { address } else { address & 0xffff_ffff }
-    }
-
-    #[inline(never)]
-    fn segmented(&self, op: &Op, address: u64) -> u64 {
-        let address = if op.segment & ADDRESS_32 == 0 { address } else { address & 0xffff_ffff };
-        self.linear(op, address)
+        let offset = self.offset_64(op);
+        if op.segment & ADDRESS_32 == 0 { offset } else { offset & 0xffff_ffff }
     }
 
     /// The linear address of an offset in the segment of the instruction's memory operand.
-    #[inline]
+    #[inline(always)]
     pub fn linear(&self, op: &Op, offset: u64) -> u64 {
-        let number = usize::from(op.segment & SEGMENT_NUMBER);
-        let linear = match number.checked_sub(1).and_then(|number| self.segments.get(number)) {
-            Some(segment) => segment.base.wrapping_add(offset),
-            None => offset,
-        };
+        let base = self.segments[usize::from(op.segment & SEGMENT_NUMBER)].base;
+        let linear = base.wrapping_add(offset);
         if op.segment & LINEAR_32 == 0 { linear } else { linear & 0xffff_ffff }
+    }
+
+    /// Loads the memory operand and gives it to `f`.
+    ///
+    /// This and its like are what handlers are made of that do nothing after the access that can fail: the miss is a
+    /// function of its own in tail position, so that the hit needs no stack frame. `f` must not
+    /// capture anything, for the same reason.
+    #[inline(always)]
+    pub fn load_operand<T: Word>(
+        &mut self,
+        op: &Op,
+        f: impl FnOnce(&mut Cpu, &Op, T),
+    ) -> Result<(), Trap> {
+        if op.segment & (ADDRESS_32 | LINEAR_32) == 0 {
+            let linear = self.address_64(op);
+            if let Some(host) = self.read_hit::<T>(linear) {
+                // SAFETY: the TLB has the whole value in a page of guest RAM.
+                let value = unsafe { host.read_unaligned() };
+                f(self, op, value);
+                return Ok(());
+            }
+        }
+        self.load_operand_slow(op, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_operand_slow<T: Word>(
+        &mut self,
+        op: &Op,
+        f: impl FnOnce(&mut Cpu, &Op, T),
+    ) -> Result<(), Trap> {
+        let value = self.load::<T>(self.ea(op))?;
+        f(self, op, value);
+        Ok(())
+    }
+
+    /// Loads from `linear` and gives the value to `f`. See [`Cpu::load_operand`].
+    #[inline(always)]
+    pub fn load_then<T: Word>(
+        &mut self,
+        op: &Op,
+        linear: u64,
+        f: impl FnOnce(&mut Cpu, &Op, T) -> Result<(), Trap>,
+    ) -> Result<(), Trap> {
+        if let Some(host) = self.read_hit::<T>(linear) {
+            // SAFETY: the TLB has the whole value in a page of guest RAM.
+            let value = unsafe { host.read_unaligned() };
+            return f(self, op, value);
+        }
+        self.load_then_slow(op, linear, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_then_slow<T: Word>(
+        &mut self,
+        op: &Op,
+        linear: u64,
+        f: impl FnOnce(&mut Cpu, &Op, T) -> Result<(), Trap>,
+    ) -> Result<(), Trap> {
+        let value = self.load_slow::<T>(self.data_context, linear)?;
+        f(self, op, value)
+    }
+
+    /// Stores to the memory operand. See [`Cpu::load_operand`].
+    #[inline(always)]
+    pub fn store_operand<T: Word>(&mut self, op: &Op, value: T) -> Result<(), Trap> {
+        if op.segment & (ADDRESS_32 | LINEAR_32) == 0 {
+            let linear = self.address_64(op);
+            if let Some(host) = self.write_hit::<T>(linear) {
+                // SAFETY: the TLB has room for the whole value in a page of guest RAM.
+                unsafe { host.write_unaligned(value) };
+                return Ok(());
+            }
+        }
+        self.store_operand_slow(op, value)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_operand_slow<T: Word>(&mut self, op: &Op, value: T) -> Result<(), Trap> {
+        self.store::<T>(self.ea(op), value)
+    }
+
+    /// Replaces the memory operand by `f` of it. See [`Cpu::load_operand`]; raises what a store would raise.
+    #[inline(always)]
+    pub fn modify_operand<T: Word>(
+        &mut self,
+        op: &Op,
+        f: impl FnOnce(&mut Cpu, &Op, T) -> T,
+    ) -> Result<(), Trap> {
+        if op.segment & (ADDRESS_32 | LINEAR_32) == 0 {
+            let linear = self.address_64(op);
+            if let Some(host) = self.write_hit::<T>(linear) {
+                // SAFETY: the TLB has the whole value in a page of guest RAM.
+                let old = unsafe { host.read_unaligned() };
+                let new = f(self, op, old);
+                // SAFETY: as above; `f` cannot unmap guest memory.
+                unsafe { host.write_unaligned(new) };
+                return Ok(());
+            }
+        }
+        self.modify_operand_slow(op, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_operand_slow<T: Word>(
+        &mut self,
+        op: &Op,
+        f: impl FnOnce(&mut Cpu, &Op, T) -> T,
+    ) -> Result<(), Trap> {
+        self.modify::<T>(self.ea(op), |cpu, old| f(cpu, op, old))
+    }
+
+    /// Pushes 64 bits, then calls `f`. See [`Cpu::load_operand`].
+    #[inline(always)]
+    pub fn push_then(
+        &mut self,
+        op: &Op,
+        value: u64,
+        f: impl FnOnce(&mut Cpu, &Op),
+    ) -> Result<(), Trap> {
+        let rsp = self.gpr[RSP].wrapping_sub(8);
+        if let Some(host) = self.write_hit::<u64>(rsp) {
+            // SAFETY: the TLB has room for the whole value in a page of guest RAM.
+            unsafe { host.write_unaligned(value) };
+            self.gpr[RSP] = rsp;
+            f(self, op);
+            return Ok(());
+        }
+        self.push_then_slow(op, value, f)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_then_slow(
+        &mut self,
+        op: &Op,
+        value: u64,
+        f: impl FnOnce(&mut Cpu, &Op),
+    ) -> Result<(), Trap> {
+        self.push(value)?;
+        f(self, op);
+        Ok(())
     }
 
     /// Loads from a linear address at the current privilege.
@@ -79,12 +227,12 @@ impl Cpu {
 
     /// Loads as the supervisor whatever the CPL: descriptor tables, the TSS.
     pub fn load_system<T: Word>(&mut self, linear: u64) -> Result<T, Trap> {
-        self.load_in(SUPERVISOR, linear)
+        self.load_in(Context::SUPERVISOR, linear)
     }
 
     /// Stores as the supervisor whatever the CPL: exception frames, descriptors' accessed bits.
     pub fn store_system<T: Word>(&mut self, linear: u64, value: T) -> Result<(), Trap> {
-        self.store_in(SUPERVISOR, linear, value)
+        self.store_in(Context::SUPERVISOR, linear, value)
     }
 
     /// Raises what a store of `len` bytes would raise, without storing.
@@ -101,38 +249,39 @@ impl Cpu {
         Ok(())
     }
 
-    /// Pops 64 bits. RSP is unchanged if that fails.
+    /// Where a load at the current privilege finds its value, if the TLB knows.
     #[inline(always)]
-    pub fn pop(&mut self) -> Result<u64, Trap> {
-        let value = self.load::<u64>(self.gpr[RSP])?;
-        self.gpr[RSP] = self.gpr[RSP].wrapping_add(8);
-        Ok(value)
+    fn read_hit<T: Word>(&self, linear: u64) -> Option<*const T> {
+        hit::<T>(self.tlb.read_entry(self.data_context.slot(linear)), linear)
+    }
+
+    /// Where a store at the current privilege goes, if the TLB knows.
+    #[inline(always)]
+    fn write_hit<T: Word>(&self, linear: u64) -> Option<*mut T> {
+        let entry = self.tlb.write_entry(self.data_context.slot(linear));
+        hit::<T>(entry, linear).map(<*const T>::cast_mut)
     }
 
     #[inline(always)]
-    fn load_in<T: Word>(&mut self, context: usize, linear: u64) -> Result<T, Trap> {
-        let entry = self.tlb.read_entry(tlb::slot(context, linear));
-        if entry.tag == linear.wrapping_add(T::BYTES as u64 - 1) & PAGE_MASK {
-            let host = linear.wrapping_add(entry.target) as usize;
-            // SAFETY: a tag without flags equals the page of the access's last byte, and its slot is that of the first
-            // byte's page, so both are the page the entry maps; entries map whole pages of guest RAM, which stays
-            // mapped as long as `self.ram`.
-            Ok(unsafe { std::ptr::with_exposed_provenance::<T>(host).read_unaligned() })
-        } else {
-            self.load_slow(context, linear)
+    fn load_in<T: Word>(&mut self, context: Context, linear: u64) -> Result<T, Trap> {
+        let entry = self.tlb.read_entry(context.slot(linear));
+        match hit::<T>(entry, linear) {
+            // SAFETY: the TLB has the whole value in a page of guest RAM.
+            Some(host) => Ok(unsafe { host.read_unaligned() }),
+            None => self.load_slow(context, linear),
         }
     }
 
     #[inline(always)]
-    fn store_in<T: Word>(&mut self, context: usize, linear: u64, value: T) -> Result<(), Trap> {
-        let entry = self.tlb.write_entry(tlb::slot(context, linear));
-        if entry.tag == linear.wrapping_add(T::BYTES as u64 - 1) & PAGE_MASK {
-            let host = linear.wrapping_add(entry.target) as usize;
-            // SAFETY: as in `load_in`.
-            unsafe { std::ptr::with_exposed_provenance_mut::<T>(host).write_unaligned(value) };
-            Ok(())
-        } else {
-            self.store_slow(context, linear, value)
+    fn store_in<T: Word>(&mut self, context: Context, linear: u64, value: T) -> Result<(), Trap> {
+        let entry = self.tlb.write_entry(context.slot(linear));
+        match hit::<T>(entry, linear) {
+            Some(host) => {
+                // SAFETY: the TLB has room for the whole value in a page of guest RAM.
+                unsafe { host.cast_mut().write_unaligned(value) };
+                Ok(())
+            }
+            None => self.store_slow(context, linear, value),
         }
     }
 
@@ -143,14 +292,11 @@ impl Cpu {
         linear: u64,
         f: impl FnOnce(&mut Cpu, T) -> T,
     ) -> Result<(), Trap> {
-        let entry = self.tlb.write_entry(tlb::slot(self.data_context, linear));
-        if entry.tag == linear.wrapping_add(T::BYTES as u64 - 1) & PAGE_MASK {
-            let host = linear.wrapping_add(entry.target) as usize;
-            let host = std::ptr::with_exposed_provenance_mut::<T>(host);
-            // SAFETY: as in `load_in`.
+        if let Some(host) = self.write_hit::<T>(linear) {
+            // SAFETY: the TLB has the whole value in a page of guest RAM.
             let old = unsafe { host.read_unaligned() };
             let new = f(self, old);
-            // SAFETY: as in `load_in`; `f` cannot unmap guest memory.
+            // SAFETY: as above; `f` cannot unmap guest memory.
             unsafe { host.write_unaligned(new) };
             Ok(())
         } else {
@@ -214,7 +360,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn load_slow<T: Word>(&mut self, context: usize, linear: u64) -> Result<T, Trap> {
+    fn load_slow<T: Word>(&mut self, context: Context, linear: u64) -> Result<T, Trap> {
         let mut bytes = [0; 16];
         let first = PAGE_SIZE - (linear as usize & (PAGE_SIZE - 1));
         if first >= T::BYTES {
@@ -231,7 +377,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn store_slow<T: Word>(&mut self, context: usize, linear: u64, value: T) -> Result<(), Trap> {
+    fn store_slow<T: Word>(&mut self, context: Context, linear: u64, value: T) -> Result<(), Trap> {
         let bytes = value.to_bytes();
         let first = PAGE_SIZE - (linear as usize & (PAGE_SIZE - 1));
         if first >= T::BYTES {
@@ -246,7 +392,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn probe_write_in(&mut self, context: usize, linear: u64, len: usize) -> Result<(), Trap> {
+    fn probe_write_in(&mut self, context: Context, linear: u64, len: usize) -> Result<(), Trap> {
         let mut address = linear;
         let mut left = len;
         while left > 0 {
@@ -259,8 +405,8 @@ impl Cpu {
     }
 
     /// Where a load at `linear` reads from.
-    fn readable(&mut self, context: usize, linear: u64) -> Result<Place, Trap> {
-        let slot = tlb::slot(context, linear);
+    fn readable(&mut self, context: Context, linear: u64) -> Result<Place, Trap> {
+        let slot = context.slot(linear);
         let entry = self.tlb.read_entry(slot);
         if entry.tag == linear & PAGE_MASK {
             return Ok(Place::Ram(linear.wrapping_add(entry.target) as usize));
@@ -276,8 +422,8 @@ impl Cpu {
     }
 
     /// Where a store to `linear` writes to. The page is marked dirty; decoded code on it is dropped.
-    fn writable(&mut self, context: usize, linear: u64) -> Result<Place, Trap> {
-        let slot = tlb::slot(context, linear);
+    fn writable(&mut self, context: Context, linear: u64) -> Result<Place, Trap> {
+        let slot = context.slot(linear);
         let page = linear & PAGE_MASK;
         let mut entry = self.tlb.write_entry(slot);
         if entry.tag & !(NOT_DIRTY | HAS_CODE) != page {
@@ -297,7 +443,7 @@ impl Cpu {
     }
 
     /// A store to a page that may not be in the dirty set, or may hold decoded code.
-    fn write_flagged(&mut self, slot: usize, host: usize) -> Result<(), Trap> {
+    fn write_flagged(&mut self, slot: Slot, host: usize) -> Result<(), Trap> {
         if let Some((physical, tracker, number)) = self.ram.tracker_of_host(host) {
             if tracker.flags(number) & CODE != 0 {
                 // The code may be that of the running block.
@@ -370,6 +516,21 @@ impl Cpu {
         if !self.irqchip.mmio_write(physical, data, tsc) {
             self.with_bus(|bus, cx| bus.mmio_write(physical, data, cx));
         }
+    }
+}
+
+/// The host address of `linear` if all of a `T` there lies in the page that `entry` maps.
+///
+/// A tag without flags equals the page of the value's last byte, and the entry's slot is that of its first byte's
+/// page; two pages that follow each other have different slots, so both bytes are on the page the entry maps. Entries map
+/// whole pages of guest RAM, which stays mapped as long as [`Cpu::ram`].
+#[inline(always)]
+fn hit<T: Word>(entry: Entry, linear: u64) -> Option<*const T> {
+    if entry.tag == linear.wrapping_add(T::BYTES as u64 - 1) & PAGE_MASK {
+        let host = linear.wrapping_add(entry.target) as usize;
+        Some(std::ptr::with_exposed_provenance::<T>(host))
+    } else {
+        None
     }
 }
 

@@ -14,10 +14,16 @@ use super::tlb::HAS_CODE;
 use crate::memory::{CODE, PAGE_SIZE};
 
 /// A decoded block.
+#[repr(align(64))]
 pub(super) struct Block {
     /// What it was decoded from: see [`key`]. [`DEAD`] if dropped.
     pub(super) key: u64,
+    /// One for each instruction, and one more if the last two are fused: see [`Decoded`].
     pub(super) ops: Box<[Op]>,
+    /// Instructions.
+    pub(super) count: u16,
+    /// Instructions before the one (fused: the two) that ends the block by its nature.
+    pub(super) body: u16,
     /// Bytes of all instructions.
     pub(super) size: u16,
     /// The last instruction ends the block by its nature.
@@ -129,7 +135,8 @@ impl Blocks {
         // SAFETY: `host` is a page of guest RAM, which stays mapped as long as `cpu.ram`, and the slice ends with the
         // page; only this thread accesses guest memory while the processor runs.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
-        let Decoded { ops, ends, size } = decode::block(bytes, cpu.rip, cpu.bitness(), usize::MAX);
+        let Decoded { ops, count, fused, ends, size } =
+            decode::block(bytes, cpu.rip, cpu.bitness(), usize::MAX);
         if ops.is_empty() {
             return None;
         }
@@ -142,8 +149,16 @@ impl Blocks {
             tracker.set_code(number);
             cpu.tlb.flag_writes(|written| if written == host { HAS_CODE } else { 0 });
         }
-        let block =
-            Block { key, ops: ops.into_boxed_slice(), size: size as u16, ends, links: [0; 2] };
+        let tail = if ends { 1 + usize::from(fused) } else { 0 };
+        let block = Block {
+            key,
+            ops: ops.into_boxed_slice(),
+            count: count as u16,
+            body: (count - tail) as u16,
+            size: size as u16,
+            ends,
+            links: [0; 2],
+        };
         let number = match self.free.pop() {
             Some(number) => {
                 self.blocks[number as usize] = block;
@@ -180,5 +195,5 @@ impl Blocks {
 }
 
 fn dead() -> Block {
-    Block { key: DEAD, ops: Box::default(), size: 0, ends: false, links: [0; 2] }
+    Block { key: DEAD, ops: Box::default(), count: 0, body: 0, size: 0, ends: false, links: [0; 2] }
 }

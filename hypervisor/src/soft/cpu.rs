@@ -12,7 +12,7 @@ use super::irqchip::IrqChip;
 use super::msr::Msrs;
 use super::op::{REG_STEP, REG_STEP_VALUE};
 use super::ram::Ram;
-use super::tlb::Tlb;
+use super::tlb::{Context, Tlb};
 use crate::LongModeEntry;
 use crate::bus::{AccessContext, Bus};
 use crate::clock::Anchor;
@@ -170,12 +170,13 @@ pub struct Cpu {
     pub stop_at: u64,
     /// RFLAGS.
     pub flags: Flags,
-    /// First slot of the data TLBs for the current privilege. See [`Cpu::recompute_mode`].
-    pub(super) data_context: usize,
-    /// First slot of the fetch TLB for the current privilege.
-    pub(super) fetch_context: usize,
-    /// Segment registers, in encoding order.
-    pub segments: [Segment; 6],
+    /// The tables of the data TLBs for the current privilege. See [`Cpu::recompute_mode`].
+    pub(super) data_context: Context,
+    /// The table of the fetch TLB for the current privilege.
+    pub(super) fetch_context: Context,
+    /// Segment registers, in encoding order, and two that do not exist and have no base:
+    /// [`NO_SEGMENT`](super::op::NO_SEGMENT) is one.
+    pub segments: [Segment; 8],
     /// Current privilege level.
     pub cpl: u8,
     /// Devices and pages with decoded code may be accessed: the instruction runs as a single step.
@@ -262,9 +263,9 @@ impl Cpu {
             retired: 0,
             stop_at: 0,
             flags: Flags::default(),
-            data_context: 0,
-            fetch_context: 0,
-            segments: [Segment::default(); 6],
+            data_context: Context::SUPERVISOR,
+            fetch_context: Context::SUPERVISOR,
+            segments: [Segment::default(); 8],
             cpl: 0,
             single_step: false,
             attention: false,
@@ -317,7 +318,7 @@ impl Cpu {
             // Data, writable, accessed; 4 KiB granularity.
             attributes: 0xc093,
         };
-        self.segments = [data; 6];
+        self.segments[..6].fill(data);
         for unused in [FS, GS] {
             self.segments[unused] = Segment { selector: 0, ..data };
         }
@@ -374,13 +375,13 @@ impl Cpu {
         };
         let user = self.cpl == 3;
         self.data_context = if user {
-            super::tlb::USER
+            Context::USER
         } else if self.flags.system & flags::AC != 0 {
-            super::tlb::SUPERVISOR_AC
+            Context::SUPERVISOR_AC
         } else {
-            super::tlb::SUPERVISOR
+            Context::SUPERVISOR
         };
-        let fetch_context = if user { super::tlb::USER } else { super::tlb::SUPERVISOR };
+        let fetch_context = if user { Context::USER } else { Context::SUPERVISOR };
         if fetch_context != self.fetch_context {
             self.fetch_context = fetch_context;
             self.fetch_page = NO_PAGE;

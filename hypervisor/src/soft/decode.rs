@@ -6,8 +6,8 @@ use iced_x86::{
 
 use super::cpu::{FS, GS, RSP};
 use super::op::{
-    self, ADDRESS_32, HIGH_BYTE, LINEAR_32, Op, REG_BLOCK, REG_NONE, REG_STEP, REG_STEP_VALUE,
-    Selected,
+    self, ADDRESS_32, HIGH_BYTE, LINEAR_32, NO_SEGMENT, Op, REG_BLOCK, REG_NONE, REG_STEP,
+    REG_STEP_VALUE, Selected,
 };
 use super::ops;
 
@@ -18,8 +18,13 @@ const MAX_OPS: usize = 64;
 
 /// What was decoded at an address.
 pub(super) struct Decoded {
-    /// The instructions; empty if the first does not end before the bytes do.
+    /// The instructions; none if the first does not end before the bytes do. Behind them, if the last two
+    /// can run as one, the operation that does so.
     pub(super) ops: Vec<Op>,
+    /// How many instructions there are.
+    pub(super) count: usize,
+    /// Whether there is one more operation than instructions.
+    pub(super) fused: bool,
     /// The last one ends the block by its nature (and not because the page or the limit did).
     pub(super) ends: bool,
     /// Bytes of all instructions.
@@ -29,8 +34,10 @@ pub(super) struct Decoded {
 /// Decodes one block from `bytes`, which start at linear address `rip` and end with the page.
 pub(super) fn block(bytes: &[u8], rip: u64, bitness: u32, max_ops: usize) -> Decoded {
     let mut decoder = Decoder::with_ip(bitness, bytes, rip, DecoderOptions::NONE);
-    let mut decoded = Decoded { ops: Vec::with_capacity(8), ends: false, size: 0 };
+    let mut decoded =
+        Decoded { ops: Vec::with_capacity(8), count: 0, fused: false, ends: false, size: 0 };
     let mut instruction = Instruction::default();
+    let mut previous = Instruction::default();
     while decoded.ops.len() < max_ops.min(MAX_OPS) && decoder.can_decode() {
         decoder.decode_out(&mut instruction);
         if decoder.last_error() == DecoderError::NoMoreBytes
@@ -49,6 +56,15 @@ pub(super) fn block(bytes: &[u8], rip: u64, bitness: u32, max_ops: usize) -> Dec
             decoded.ends = true;
             break;
         }
+        previous = instruction;
+    }
+    decoded.count = decoded.ops.len();
+    if decoded.ends
+        && let [.., first, branch] = decoded.ops[..]
+        && let Some(fused) = ops::fused::fuse(&previous, &first, &instruction, &branch)
+    {
+        decoded.ops.push(fused);
+        decoded.fused = true;
     }
     decoded
 }
@@ -79,7 +95,7 @@ fn op(
         base: REG_NONE,
         index: REG_NONE,
         scale: 0,
-        segment: 0,
+        segment: NO_SEGMENT,
         dst: 0,
         src: 0,
         src2: 0,
@@ -120,7 +136,7 @@ fn op(
             | OpKind::MemorySegRSI
             | OpKind::MemorySegDI
             | OpKind::MemorySegEDI
-            | OpKind::MemorySegRDI => op.segment |= segment(instruction),
+            | OpKind::MemorySegRDI => op.segment = segment(instruction),
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => {}
             OpKind::Immediate8
             | OpKind::Immediate8_2nd
@@ -159,17 +175,17 @@ fn register_number(register: Register) -> u8 {
 fn segment(instruction: &Instruction) -> u8 {
     let register = instruction.memory_segment();
     if instruction.code_size() != CodeSize::Code64 {
-        return (register.number() as u8 + 1) | LINEAR_32;
+        return register.number() as u8 | LINEAR_32;
     }
     match register {
-        Register::FS => FS as u8 + 1,
-        Register::GS => GS as u8 + 1,
-        _ => 0,
+        Register::FS => FS as u8,
+        Register::GS => GS as u8,
+        _ => NO_SEGMENT,
     }
 }
 
 fn memory(instruction: &Instruction, op: &mut Op, block: u64) {
-    op.segment |= segment(instruction);
+    op.segment = segment(instruction);
     let base = instruction.memory_base();
     let index = instruction.memory_index();
     if instruction.is_ip_rel_memory_operand() {

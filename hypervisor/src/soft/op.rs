@@ -25,7 +25,7 @@ pub struct Op {
     pub index: u8,
     /// Log2 of the index's scale factor.
     pub scale: u8,
-    /// 0: 64-bit address without a segment base. Otherwise segment number + 1 ([`SEGMENT_NUMBER`]), [`ADDRESS_32`],
+    /// The segment whose base is added to the memory operand's address, or [`NO_SEGMENT`]; with [`ADDRESS_32`] and
     /// [`LINEAR_32`].
     pub segment: u8,
     /// Number of operand 0 if it is a register.
@@ -57,8 +57,10 @@ pub const HIGH_BYTE: u8 = 0x10;
 pub const ADDRESS_32: u8 = 0x80;
 /// In [`Op::segment`]: linear addresses wrap at 4 GiB (compatibility mode).
 pub const LINEAR_32: u8 = 0x40;
-/// In [`Op::segment`]: number of the segment whose base counts, plus one.
-pub const SEGMENT_NUMBER: u8 = 0x0f;
+/// In [`Op::segment`]: a segment that has no base.
+pub const NO_SEGMENT: u8 = 7;
+/// In [`Op::segment`]: the segment's number.
+pub const SEGMENT_NUMBER: u8 = 7;
 
 /// What an instruction group chose for an instruction.
 #[derive(Clone, Copy)]

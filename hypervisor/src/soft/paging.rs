@@ -3,7 +3,7 @@
 
 use super::cpu::{CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, Cpu, EFER_NXE, Trap, TrapKind};
 use super::exception::PAGE_FAULT;
-use super::tlb::{Access, PageKind, SUPERVISOR_AC, USER};
+use super::tlb::{Access, Context, PageKind};
 
 /// Width of guest-physical addresses; higher bits are reserved in page table entries. CPUID says the same.
 pub const PHYSICAL_ADDRESS_BITS: u32 = 46;
@@ -50,13 +50,13 @@ impl Cpu {
         Trap
     }
 
-    /// Walks the page tables for an access in `context` (the first slot of a TLB, which stands for the privilege). Sets A
+    /// Walks the page tables for an access with the privilege that `context` stands for. Sets A
     /// and D bits when the access is allowed; raises #PF, with CR2 set, when it is not.
     pub(super) fn walk(
         &mut self,
         linear: u64,
         access: Access,
-        context: usize,
+        context: Context,
     ) -> Result<Translation, Trap> {
         if !is_canonical(linear) {
             self.trap = TrapKind::NonCanonical;
@@ -68,7 +68,7 @@ impl Cpu {
                 kind: PageKind { global: true, shift: 12 },
             });
         }
-        let user = context == USER;
+        let user = context == Context::USER;
         let mut error = if user { ERROR_USER } else { 0 };
         error |= match access {
             Access::Read => 0,
@@ -122,7 +122,7 @@ impl Cpu {
                 let reachable = if user {
                     user_page
                 } else {
-                    !user_page || self.cr4 & CR4_SMAP == 0 || context == SUPERVISOR_AC
+                    !user_page || self.cr4 & CR4_SMAP == 0 || context == Context::SUPERVISOR_AC
                 };
                 let may_write = writable || (!user && self.cr0 & CR0_WP == 0);
                 reachable && (access == Access::Read || may_write)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::block::{self, Blocks};
-use super::cpu::{Cpu, NO_PAGE, Trap, TrapKind};
+use super::cpu::{Cpu, NO_PAGE, SS, Trap, TrapKind};
 use super::decode::{self, MAX_INSTRUCTION};
 use super::exception::{DEBUG, GENERAL_PROTECTION, INVALID_OPCODE, STACK_FAULT, Source};
 use super::flags::TF;
@@ -171,38 +171,32 @@ impl Core {
         let start = cpu.rip;
         cpu.gpr[usize::from(REG_BLOCK)] = start;
         let left = cpu.stop_at - cpu.retired;
-        let ops = &*block.ops;
-        if left < ops.len() as u64 {
+        let count = u64::from(block.count);
+        if left < count {
             return self.part(number, left as usize);
         }
-        if block.ends {
-            let (last, body) = match ops.split_last() {
-                Some(split) => split,
-                None => return true,
-            };
-            for op in body {
-                if (op.run)(cpu, op).is_err() {
-                    return self.trapped(*op, start, false);
-                }
+        let ops = &*block.ops;
+        let body = usize::from(block.body);
+        for op in &ops[..body] {
+            if (op.run)(cpu, op).is_err() {
+                return self.trapped(*op, start, false);
             }
-            cpu.retired += body.len() as u64;
-            let end = start.wrapping_add(u64::from(block.size));
-            cpu.rip = end;
-            if (last.run)(cpu, last).is_err() {
-                return self.trapped(*last, start, true);
-            }
-            cpu.gpr[usize::from(REG_BLOCK)] = end;
-            cpu.retired += 1;
-        } else {
-            for op in ops {
-                if (op.run)(cpu, op).is_err() {
-                    return self.trapped(*op, start, false);
-                }
-            }
-            cpu.retired += ops.len() as u64;
-            cpu.rip = start.wrapping_add(u64::from(block.size));
-            cpu.gpr[usize::from(REG_BLOCK)] = cpu.rip;
         }
+        let end = start.wrapping_add(u64::from(block.size));
+        cpu.rip = end;
+        if block.ends {
+            cpu.retired += body as u64;
+            let tail = &ops[ops.len() - 1];
+            if (tail.run)(cpu, tail).is_err() {
+                // What is fused cannot fail but in its first half.
+                return self.trapped(ops[body], start, true);
+            }
+            // REP has counted all iterations but the last itself.
+            cpu.retired += count - body as u64;
+        } else {
+            cpu.retired += count;
+        }
+        cpu.gpr[usize::from(REG_BLOCK)] = end;
         true
     }
 
@@ -366,10 +360,14 @@ fn exception(trap: TrapKind, on_stack: bool) -> (u8, Option<u32>) {
     }
 }
 
+/// [`SS`] as in [`Op::segment`].
+const STACK: u8 = SS as u8;
+
 /// Whether the memory operand is relative to RSP or RBP, and not moved to another segment. (Instructions with an
 /// implicit stack operand have RSP as their base: see `decode`.)
 fn on_stack(op: &Op) -> bool {
-    (op.base == 4 || op.base == 5) && op.segment & !op::ADDRESS_32 == 0
+    (op.base == 4 || op.base == 5)
+        && matches!(op.segment & op::SEGMENT_NUMBER, op::NO_SEGMENT | STACK)
 }
 
 impl Cpu {
@@ -385,7 +383,7 @@ impl Cpu {
     /// The guest-physical address of the page that `linear`, which a fault names in CR2, is in.
     fn fetch_page_physical(&mut self, linear: u64) -> Result<u64, Trap> {
         let page = linear & PAGE_MASK;
-        let slot = tlb::slot(self.fetch_context, page);
+        let slot = self.fetch_context.slot(page);
         let entry = self.tlb.fetch_entry(slot);
         if entry.tag == page {
             return Ok(entry.target);

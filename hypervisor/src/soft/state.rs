@@ -43,12 +43,14 @@ impl SoftState {
     pub(super) fn of(cpu: &Cpu) -> SoftState {
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&cpu.gpr[..16]);
+        let mut segments = [Segment::default(); 6];
+        segments.copy_from_slice(&cpu.segments[..6]);
         SoftState {
             gpr,
             rip: cpu.rip,
             rflags: cpu.flags.read(),
             retired: cpu.retired,
-            segments: cpu.segments,
+            segments,
             ldtr: cpu.ldtr,
             tr: cpu.tr,
             gdtr: cpu.gdtr,
@@ -78,7 +80,7 @@ impl SoftState {
         cpu.rip = self.rip;
         cpu.flags.write(self.rflags);
         cpu.retired = self.retired;
-        cpu.segments = self.segments;
+        cpu.segments[..6].copy_from_slice(&self.segments);
         cpu.ldtr = self.ldtr;
         cpu.tr = self.tr;
         cpu.gdtr = self.gdtr;

@@ -8,16 +8,37 @@
 use crate::memory::PAGE_SIZE;
 
 /// Entries of a table for one privilege.
-pub(super) const ENTRIES: usize = 1024;
-/// First slot of the tables for CPL 3.
-pub(super) const USER: usize = 0;
-/// First slot of the tables for CPL 0 to 2 with RFLAGS.AC clear, and for implicit supervisor accesses: with
-/// SMAP they hold no user page.
-pub(super) const SUPERVISOR: usize = ENTRIES;
-/// First slot of the tables for CPL 0 to 2 with RFLAGS.AC set.
-pub(super) const SUPERVISOR_AC: usize = 2 * ENTRIES;
-/// Slots of a table; a power of two, so that a mask can stand for the bounds check.
-const SLOTS: usize = 4 * ENTRIES;
+const ENTRIES: usize = 1024;
+/// Privileges that have tables of their own.
+const CONTEXTS: usize = 3;
+/// Slots of a table.
+const SLOTS: usize = CONTEXTS * ENTRIES;
+
+/// Which of the tables an access uses: it stands for the privilege. Holds the table's first slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct Context(usize);
+
+impl Context {
+    /// CPL 3.
+    pub(super) const USER: Context = Context(0);
+    /// CPL 0 to 2 with RFLAGS.AC clear, and implicit supervisor accesses: with SMAP no user page is there.
+    pub(super) const SUPERVISOR: Context = Context(ENTRIES);
+    /// CPL 0 to 2 with RFLAGS.AC set.
+    pub(super) const SUPERVISOR_AC: Context = Context(2 * ENTRIES);
+
+    const ALL: [Context; CONTEXTS] = [Context::USER, Context::SUPERVISOR, Context::SUPERVISOR_AC];
+
+    /// The slot of a linear address: always below `SLOTS`.
+    #[inline(always)]
+    pub(super) fn slot(self, linear: u64) -> Slot {
+        Slot(self.0 + ((linear >> 12) as usize & (ENTRIES - 1)))
+    }
+}
+
+/// An index into a table, made by [`Context::slot`] alone and therefore below `SLOTS`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slot(usize);
 
 /// Flag in a write tag: the page is not in the dirty set.
 pub(super) const NOT_DIRTY: u64 = 1;
@@ -78,12 +99,6 @@ const BLOOM: usize = 4096;
 /// `filled` never grows beyond this; a flush then goes over everything.
 const FILLED_MAX: usize = 4096;
 
-/// The slot of a linear address in the table that starts at `context`.
-#[inline(always)]
-pub(super) fn slot(context: usize, linear: u64) -> usize {
-    (context + ((linear as usize >> 12) & (ENTRIES - 1))) & (SLOTS - 1)
-}
-
 impl Tlb {
     pub(super) fn new() -> Tlb {
         Tlb {
@@ -97,31 +112,34 @@ impl Tlb {
     }
 
     #[inline(always)]
-    pub(super) fn read_entry(&self, slot: usize) -> Entry {
-        self.read[slot & (SLOTS - 1)]
+    pub(super) fn read_entry(&self, slot: Slot) -> Entry {
+        // SAFETY: a `Slot` is below the table's length.
+        unsafe { *self.read.get_unchecked(slot.0) }
     }
 
     #[inline(always)]
-    pub(super) fn write_entry(&self, slot: usize) -> Entry {
-        self.write[slot & (SLOTS - 1)]
+    pub(super) fn write_entry(&self, slot: Slot) -> Entry {
+        // SAFETY: a `Slot` is below the table's length.
+        unsafe { *self.write.get_unchecked(slot.0) }
     }
 
     #[inline(always)]
-    pub(super) fn fetch_entry(&self, slot: usize) -> Entry {
-        self.fetch[slot & (SLOTS - 1)]
+    pub(super) fn fetch_entry(&self, slot: Slot) -> Entry {
+        // SAFETY: a `Slot` is below the table's length.
+        unsafe { *self.fetch.get_unchecked(slot.0) }
     }
 
     /// Caches a translation. `target` as in [`Entry`], `flags` for write entries.
     pub(super) fn fill(
         &mut self,
         access: Access,
-        slot: usize,
+        slot: Slot,
         page: u64,
         target: u64,
         flags: u64,
         kind: PageKind,
     ) {
-        let slot = slot & (SLOTS - 1);
+        let slot = slot.0;
         let (table, number) = match access {
             Access::Read => (&mut self.read, 0),
             Access::Write => (&mut self.write, 1),
@@ -141,8 +159,8 @@ impl Tlb {
     }
 
     /// Removes flags of a write entry.
-    pub(super) fn clear_write_flags(&mut self, slot: usize, flags: u64) {
-        self.write[slot & (SLOTS - 1)].tag &= !flags;
+    pub(super) fn clear_write_flags(&mut self, slot: Slot, flags: u64) {
+        self.write[slot.0].tag &= !flags;
     }
 
     /// Empties everything, or all but global pages.
@@ -171,8 +189,8 @@ impl Tlb {
     /// Drops the translations of one page, global or not, whatever its size.
     pub(super) fn invalidate(&mut self, linear: u64) {
         let page = linear & !FLAGS;
-        for context in [USER, SUPERVISOR, SUPERVISOR_AC] {
-            let slot = slot(context, linear);
+        for context in Context::ALL {
+            let slot = context.slot(linear).0;
             for table in [&mut self.read, &mut self.write, &mut self.fetch] {
                 if table[slot].tag & !(NOT_DIRTY | HAS_CODE) == page {
                     table[slot].tag = EMPTY;

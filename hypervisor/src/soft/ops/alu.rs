@@ -40,7 +40,7 @@ pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
 
 /// An instruction with two operands, the first of which may receive the result. Values are zero-extended; of
 /// results only the operand size's bits count.
-trait Binary {
+pub(super) trait Binary {
     const WRITES: bool;
     fn compute<T: Int>(flags: &Flags, a: u64, b: u64) -> u64;
     fn flags<T: Int>(flags: &mut Flags, a: u64, b: u64, result: u64);
@@ -58,7 +58,7 @@ macro_rules! binary {
     };
     ($name:ident, $writes:expr, |$flags:ident, $a:ident, $b:ident| $compute:expr,
      |$f:ident, $x:ident, $y:ident, $r:ident| $set:expr) => {
-        struct $name;
+        pub(super) struct $name;
         impl Binary for $name {
             const WRITES: bool = $writes;
             #[inline(always)]
@@ -105,21 +105,42 @@ fn to_register<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: u64) {
     }
 }
 
+/// Where the second operand comes from, when the first is in memory.
+trait Second {
+    fn value<T: Int>(cpu: &Cpu, op: &Op) -> u64;
+}
+
+struct Register;
+impl Second for Register {
+    #[inline(always)]
+    fn value<T: Int>(cpu: &Cpu, op: &Op) -> u64 {
+        T::get(cpu, op.src)
+    }
+}
+
+struct Immediate;
+impl Second for Immediate {
+    #[inline(always)]
+    fn value<T: Int>(_: &Cpu, op: &Op) -> u64 {
+        op.imm
+    }
+}
+
 #[inline(always)]
-fn to_memory<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: u64) -> Result<(), Trap> {
-    let address = cpu.ea(op);
+fn to_memory<O: Binary, S: Second, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     if O::WRITES {
-        cpu.modify::<T>(address, |cpu, a| {
-            let a = a.extend();
+        cpu.modify_operand::<T>(op, |cpu, op, a| {
+            let (a, b) = (a.extend(), S::value::<T>(cpu, op));
             let result = O::compute::<T>(&cpu.flags, a, b);
             O::flags::<T>(&mut cpu.flags, a, b, result);
             T::truncate(result)
         })
     } else {
-        let a = cpu.load::<T>(address)?.extend();
-        let result = O::compute::<T>(&cpu.flags, a, b);
-        O::flags::<T>(&mut cpu.flags, a, b, result);
-        Ok(())
+        cpu.load_operand::<T>(op, |cpu, op, a| {
+            let (a, b) = (a.extend(), S::value::<T>(cpu, op));
+            let result = O::compute::<T>(&cpu.flags, a, b);
+            O::flags::<T>(&mut cpu.flags, a, b, result);
+        })
     }
 }
 
@@ -135,18 +156,15 @@ fn binary_ri<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn binary_rm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let b = cpu.load::<T>(cpu.ea(op))?.extend();
-    to_register::<O, T>(cpu, op, b);
-    Ok(())
+    cpu.load_operand::<T>(op, |cpu, op, b| to_register::<O, T>(cpu, op, b.extend()))
 }
 
 fn binary_mr<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let b = T::get(cpu, op.src);
-    to_memory::<O, T>(cpu, op, b)
+    to_memory::<O, Register, T>(cpu, op)
 }
 
 fn binary_mi<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    to_memory::<O, T>(cpu, op, op.imm)
+    to_memory::<O, Immediate, T>(cpu, op)
 }
 
 /// An instruction with one operand.
@@ -200,7 +218,9 @@ fn unary_r<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn unary_m<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.modify::<T>(cpu.ea(op), |cpu, a| T::truncate(O::compute::<T>(&mut cpu.flags, a.extend())))
+    cpu.modify_operand::<T>(op, |cpu, _, a| {
+        T::truncate(O::compute::<T>(&mut cpu.flags, a.extend()))
+    })
 }
 
 fn xadd_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -213,7 +233,7 @@ fn xadd_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn xadd_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.modify::<T>(cpu.ea(op), |cpu, a| {
+    cpu.modify_operand::<T>(op, |cpu, op, a| {
         let (a, b) = (a.extend(), T::get(cpu, op.src));
         let result = a.wrapping_add(b);
         cpu.flags.set_add::<T>(a, b, result);
@@ -237,7 +257,7 @@ fn cmpxchg_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn cmpxchg_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.modify::<T>(cpu.ea(op), |cpu, memory| {
+    cpu.modify_operand::<T>(op, |cpu, op, memory| {
         let old = memory.extend();
         let accumulator = T::get(cpu, RAX as u8);
         cpu.flags.set_sub::<T>(accumulator, old, accumulator.wrapping_sub(old));

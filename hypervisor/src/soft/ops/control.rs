@@ -40,8 +40,9 @@ pub(super) fn handler(instruction: &Instruction) -> Option<Selected> {
             _ => return None,
         },
         M::Call => match instruction.op0_kind() {
-            OpKind::NearBranch32 => call::<u32>,
-            OpKind::NearBranch64 => call::<u64>,
+            OpKind::NearBranch32 => call_32,
+            OpKind::NearBranch64 => call,
+            OpKind::Register if size == 8 => call_r64,
             OpKind::Register => sized!(size, call_r),
             OpKind::Memory if matches!(instruction.code(), Code::Call_rm32 | Code::Call_rm64) => {
                 sized!(size, call_m)
@@ -119,8 +120,12 @@ fn jmp_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     branch_to(cpu, target)
 }
 
-fn call<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    push::<T>(cpu, cpu.rip)?;
+fn call(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.push_then(op, cpu.rip, branch)
+}
+
+fn call_32(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    push::<u32>(cpu, cpu.rip)?;
     branch(cpu, op);
     Ok(())
 }
@@ -134,6 +139,14 @@ fn call_to<T: Int>(cpu: &mut Cpu, target: u64) -> Result<(), Trap> {
     Ok(())
 }
 
+fn call_r64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    let target = u64::get(cpu, op.dst);
+    if !is_canonical(target) {
+        return Err(cpu.gp(0));
+    }
+    cpu.push_then(op, cpu.rip, move |cpu, _| cpu.rip = target)
+}
+
 fn call_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let target = T::get(cpu, op.dst);
     call_to::<T>(cpu, target)
@@ -145,20 +158,20 @@ fn call_m<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 #[inline(always)]
-fn return_by<T: Int>(cpu: &mut Cpu, bytes: u64) -> Result<(), Trap> {
-    let rsp = cpu.gpr[RSP];
-    let target = cpu.load::<T>(rsp)?.extend();
-    branch_to(cpu, target)?;
-    cpu.gpr[RSP] = stack_pointer::<T>(rsp.wrapping_add(T::BYTES as u64).wrapping_add(bytes));
+fn return_by<T: Int>(cpu: &mut Cpu, target: T, bytes: u64) -> Result<(), Trap> {
+    branch_to(cpu, target.extend())?;
+    let rsp = cpu.gpr[RSP].wrapping_add(T::BYTES as u64 + bytes);
+    cpu.gpr[RSP] = stack_pointer::<T>(rsp);
     Ok(())
 }
 
-fn ret<T: Int>(cpu: &mut Cpu, _: &Op) -> Result<(), Trap> {
-    return_by::<T>(cpu, 0)
+fn ret<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
+    cpu.load_then::<T>(op, cpu.gpr[RSP], |cpu, _, target| return_by(cpu, target, 0))
 }
 
 fn ret_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    return_by::<T>(cpu, op.imm & 0xffff)
+    let rsp = cpu.gpr[RSP];
+    cpu.load_then::<T>(op, rsp, |cpu, op, target| return_by(cpu, target, op.imm & 0xffff))
 }
 
 /// The instance for the size of the counter.

@@ -4,6 +4,7 @@ mod alu;
 mod bits;
 mod control;
 pub mod fp;
+pub mod fused;
 pub mod integer;
 mod io;
 pub mod legacy;

@@ -138,18 +138,16 @@ fn mov_ri<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn mov_rm<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let value = cpu.load::<T>(cpu.ea(op))?;
-    T::set(cpu, op.dst, value.extend());
-    Ok(())
+    cpu.load_operand::<T>(op, |cpu, op, value| T::set(cpu, op.dst, value.extend()))
 }
 
 fn mov_mr<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let value = T::truncate(T::get(cpu, op.src));
-    cpu.store::<T>(cpu.ea(op), value)
+    cpu.store_operand::<T>(op, value)
 }
 
 fn mov_mi<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    cpu.store::<T>(cpu.ea(op), T::truncate(op.imm))
+    cpu.store_operand::<T>(op, T::truncate(op.imm))
 }
 
 fn mov_from_absolute<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -180,9 +178,7 @@ fn movzx_r<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn movzx_m<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let value = cpu.load::<S>(cpu.ea(op))?;
-    D::set(cpu, op.dst, value.extend());
-    Ok(())
+    cpu.load_operand::<S>(op, |cpu, op, value| D::set(cpu, op.dst, value.extend()))
 }
 
 fn movsx_r<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -192,9 +188,9 @@ fn movsx_r<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn movsx_m<S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let value = cpu.load::<S>(cpu.ea(op))?;
-    D::set(cpu, op.dst, S::sign_extend(value.extend()));
-    Ok(())
+    cpu.load_operand::<S>(op, |cpu, op, value| {
+        D::set(cpu, op.dst, S::sign_extend(value.extend()));
+    })
 }
 
 fn lea<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -337,10 +333,10 @@ fn cmov_r<T: Int, const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn cmov_m<T: Int, const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let loaded = cpu.load::<T>(cpu.ea(op))?.extend();
-    let value = if condition::<C>(&cpu.flags) { loaded } else { T::get(cpu, op.dst) };
-    T::set(cpu, op.dst, value);
-    Ok(())
+    cpu.load_operand::<T>(op, |cpu, op, loaded| {
+        let value = if condition::<C>(&cpu.flags) { loaded.extend() } else { T::get(cpu, op.dst) };
+        T::set(cpu, op.dst, value);
+    })
 }
 
 fn set_r<const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -351,5 +347,5 @@ fn set_r<const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 
 fn set_m<const C: u8>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let value = u8::from(condition::<C>(&cpu.flags));
-    cpu.store::<u8>(cpu.ea(op), value)
+    cpu.store_operand::<u8>(op, value)
 }

@@ -152,10 +152,10 @@ fn imul_rr<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn imul_rm<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let b = cpu.load::<T>(cpu.ea(op))?.extend();
-    let a = T::get(cpu, op.dst);
-    imul::<T>(cpu, op.dst, a, b);
-    Ok(())
+    cpu.load_operand::<T>(op, |cpu, op, b| {
+        let a = T::get(cpu, op.dst);
+        imul::<T>(cpu, op.dst, a, b.extend());
+    })
 }
 
 fn imul_rri<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -165,7 +165,5 @@ fn imul_rri<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn imul_rmi<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let a = cpu.load::<T>(cpu.ea(op))?.extend();
-    imul::<T>(cpu, op.dst, a, op.imm);
-    Ok(())
+    cpu.load_operand::<T>(op, |cpu, op, a| imul::<T>(cpu, op.dst, a.extend(), op.imm))
 }

@@ -153,14 +153,12 @@ fn single_r<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op, count: u64) {
 }
 
 #[inline(always)]
-fn single_m<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op, count: u64) -> Result<(), Trap> {
+fn single_m<O: Shift, T: Int>(cpu: &mut Cpu, a: T, count: u64) -> T {
     let count = masked::<T>(count);
-    cpu.modify::<T>(cpu.ea(op), |cpu, a| {
-        if count == 0 {
-            return a;
-        }
-        T::truncate(O::compute::<T>(&mut cpu.flags, a.extend(), count))
-    })
+    if count == 0 {
+        return a;
+    }
+    T::truncate(O::compute::<T>(&mut cpu.flags, a.extend(), count))
 }
 
 fn single_ri<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -174,11 +172,11 @@ fn single_rc<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn single_mi<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    single_m::<O, T>(cpu, op, op.imm)
+    cpu.modify_operand::<T>(op, |cpu, op, a| single_m::<O, T>(cpu, a, op.imm))
 }
 
 fn single_mc<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    single_m::<O, T>(cpu, op, cpu.gpr[RCX])
+    cpu.modify_operand::<T>(op, |cpu, _, a| single_m::<O, T>(cpu, a, cpu.gpr[RCX]))
 }
 
 /// SHLD or SHRD; `count` is masked and not zero.

@@ -50,7 +50,7 @@ pub(super) fn push<T: Int>(cpu: &mut Cpu, value: u64) -> Result<(), Trap> {
 
 fn push_r64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
     let value = u64::get(cpu, op.dst);
-    cpu.push(value)
+    cpu.push_then(op, value, |_, _| ())
 }
 
 fn push_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
@@ -68,9 +68,11 @@ fn push_i<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
 }
 
 fn pop_r64(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {
-    let value = cpu.pop()?;
-    u64::set(cpu, op.dst, value);
-    Ok(())
+    cpu.load_then::<u64>(op, cpu.gpr[RSP], |cpu, op, value| {
+        cpu.gpr[RSP] = cpu.gpr[RSP].wrapping_add(8);
+        u64::set(cpu, op.dst, value);
+        Ok(())
+    })
 }
 
 fn pop_r<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<(), Trap> {

@@ -87,7 +87,7 @@ fn set_register(cpu: &mut Cpu, op: &Op, number: usize, value: u64) {
 #[inline(always)]
 fn source(cpu: &Cpu, op: &Op) -> u64 {
     let offset = register(cpu, op, RSI);
-    if op.segment == 0 { offset } else { cpu.linear(op, offset) }
+    cpu.linear(op, offset)
 }
 
 /// Moves RSI or RDI on by `count` elements, in the direction of DF.

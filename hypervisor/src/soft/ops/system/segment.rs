@@ -11,7 +11,7 @@ pub(super) fn mov_from_segment<T: Int, const MEMORY: bool>(
     cpu: &mut Cpu,
     op: &Op,
 ) -> Result<(), Trap> {
-    match cpu.segments.get(usize::from(op.src)) {
+    match cpu.segments[..=GS].get(usize::from(op.src)) {
         Some(segment) => write_u16::<T, MEMORY>(cpu, op, segment.selector),
         None => Err(cpu.ud()),
     }
