@@ -117,7 +117,7 @@ pub enum BadTiming {
 
 impl Default for Timing {
     fn default() -> Self {
-        Self::new(20, 200, 100)
+        Self::new(20, 300, 100)
     }
 }
 

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
 use super::clone::CloneState;
-use super::{StatusCell, boot_time, wait};
+use super::{STALE, StatusCell, boot_time, wait};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
@@ -147,6 +147,8 @@ pub(super) struct BackupSide {
     machine: Backup,
     actions: VecDeque<Action>,
     link: Link,
+    /// When the channel was looked at last.
+    last_read: Duration,
     host: Box<dyn BackupHost>,
     memory: Option<GuestMemory>,
     payload: Vec<u8>,
@@ -177,6 +179,7 @@ impl BackupSide {
             machine: Backup::new(boot_time(), config),
             actions: VecDeque::new(),
             link: Link::new(stream)?,
+            last_read: boot_time(),
             host,
             memory: None,
             payload: Vec::new(),
@@ -218,6 +221,11 @@ impl BackupSide {
     }
 
     fn step(&mut self, input: Input) {
+        // This thread may have been kept waiting, by the host or in a system call. What the peer has said
+        // meanwhile comes first: else a delay of our own would look like silence of the peer's.
+        if boot_time() > self.last_read + STALE && !matches!(input, Input::Message(_)) {
+            self.read();
+        }
         if let Err(error) = self.try_step(input) {
             // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
@@ -239,6 +247,7 @@ impl BackupSide {
     }
 
     fn read(&mut self) {
+        self.last_read = boot_time();
         let heard = self.link.read();
         for message in heard.messages {
             self.step(Input::Message(message));

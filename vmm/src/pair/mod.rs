@@ -37,6 +37,9 @@ const STATUS_PERIOD: Duration = Duration::from_millis(20);
 /// The log rate shown is the mean over this time.
 const RATE_PERIOD: Duration = Duration::from_secs(1);
 
+/// A look at the channel older than this says nothing about the peer.
+const STALE: Duration = Duration::from_millis(5);
+
 /// The processor and machine that this version gives to a guest. Two hosts with different values cannot
 /// be a pair: a change to what a guest can observe of the machine changes this name.
 pub const MACHINE_MODEL: &str = "dyad-soft-1";

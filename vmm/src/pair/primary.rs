@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
 use super::clone::{CloneProgress, CloneSender, CloneStep};
-use super::{StatusCell, boot_time, wait};
+use super::{STALE, StatusCell, boot_time, wait};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
@@ -104,6 +104,7 @@ impl PrimaryThread {
             machine,
             actions: actions.into(),
             link,
+            last_read: boot_time(),
             gate: OutputGate::new(),
             arbiter: parts.arbiter,
             inbox: parts.inbox,
@@ -184,6 +185,8 @@ struct PrimarySide {
     machine: Primary,
     actions: VecDeque<Action>,
     link: Link,
+    /// When the channel was looked at last.
+    last_read: Duration,
     gate: OutputGate<Outgoing>,
     arbiter: Arc<dyn Arbiter>,
     inbox: InboxSender<run_loop::Message>,
@@ -238,6 +241,11 @@ impl PrimarySide {
     }
 
     fn step(&mut self, input: Input) {
+        // This thread may have been kept waiting, by the host or in a system call. What the peer has said
+        // meanwhile comes first: else a delay of our own would look like silence of the peer's.
+        if boot_time() > self.last_read + STALE && !matches!(input, Input::Message(_)) {
+            self.read();
+        }
         if let Err(error) = self.try_step(input) {
             // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
@@ -270,6 +278,7 @@ impl PrimarySide {
     }
 
     fn read(&mut self) {
+        self.last_read = boot_time();
         let heard = self.link.read();
         for message in heard.messages {
             self.step(Input::Message(message));
