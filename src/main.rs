@@ -41,6 +41,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     start_log(options)?;
     let first_call = first_call(options)?;
+    stay_in_memory();
     let (event_loop, inbox) = EventLoop::new(options.no_shutdown);
     let (hypervisor, reason) = hypervisor::choose(options.hypervisor)?;
     log::info!("{reason}");
@@ -85,6 +86,18 @@ fn refusal(body: &str) -> anyhow::Error {
     let mut causes = chain.into_iter().rev();
     let root = anyhow!(causes.next().unwrap_or_else(|| "the VM could not be started".to_owned()));
     causes.fold(root, |error, outer| error.context(outer))
+}
+
+/// Keeps what this process has touched in memory: a page of code fetched back from a busy disk can take
+/// longer than a failure timeout.
+fn stay_in_memory() {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    let flags = MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE;
+    // Pages are locked as they are touched, not fetched for it: guest memory stays unallocated until used.
+    let on_fault = MlockAllFlags::from_bits_retain(nix::libc::MCL_ONFAULT);
+    if let Err(error) = mlockall(flags | on_fault) {
+        log::info!("memory is not locked: {error}");
+    }
 }
 
 fn start_log(options: &Options) -> anyhow::Result<()> {

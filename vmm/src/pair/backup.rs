@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
 use super::clone::CloneState;
-use super::{STALE, StatusCell, boot_time, wait};
+use super::{Promptness, STALE, StatusCell, boot_time, run_first, wait};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
@@ -197,6 +197,8 @@ impl BackupSide {
     /// Runs until this side is live or discarded and everything it had to say is said. True if a VM went
     /// live; false if this process can receive another.
     pub(super) fn run(mut self) -> bool {
+        run_first();
+        let mut promptness = Promptness::new("backup");
         let mut linger = None;
         loop {
             self.update_status();
@@ -209,7 +211,9 @@ impl BackupSide {
             }
             let second = boot_time() + Duration::from_secs(1);
             let deadline = self.machine.next_deadline().unwrap_or(second);
+            promptness.sleeps();
             let ready = wait(self.link.channel(), &self.waker, deadline);
+            promptness.wakes(deadline);
             if ready.readable {
                 self.read();
             }

@@ -68,6 +68,56 @@ pub fn boot_time() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
+/// A delay of an ft thread that is worth telling: it eats into the failure timeout.
+const NOTABLE_DELAY: Duration = Duration::from_millis(50);
+
+/// Watches how promptly an ft thread runs, for the operator who wonders why a side was given up.
+struct Promptness {
+    side: &'static str,
+    woke: Duration,
+}
+
+impl Promptness {
+    fn new(side: &'static str) -> Self {
+        Self { side, woke: boot_time() }
+    }
+
+    /// Before sleeping until `deadline`: tells of work that took long.
+    fn sleeps(&self) {
+        let worked = boot_time().saturating_sub(self.woke);
+        if worked > NOTABLE_DELAY {
+            log::warn!("{}: one round of the ft thread took {} ms", self.side, worked.as_millis());
+        }
+    }
+
+    /// After a sleep that should have ended at `deadline` at the latest.
+    fn wakes(&mut self, deadline: Duration) {
+        self.woke = boot_time();
+        let late = self.woke.saturating_sub(deadline);
+        if late > NOTABLE_DELAY {
+            log::warn!("{}: the host woke the ft thread {} ms late", self.side, late.as_millis());
+        }
+    }
+}
+
+/// Lets the calling ft thread run before others. It does little, but what it does must not wait: heartbeats
+/// and acknowledgements are what the other side judges this one by.
+fn run_first() {
+    let parameter = libc::sched_param { sched_priority: 1 };
+    // SAFETY: changes the scheduling of the calling thread alone; the parameter outlives the call.
+    let result = unsafe {
+        libc::sched_setscheduler(
+            0,
+            libc::SCHED_RR | libc::SCHED_RESET_ON_FORK,
+            &raw const parameter,
+        )
+    };
+    if result != 0 {
+        let error = std::io::Error::last_os_error();
+        log::info!("the ft thread has no real-time priority: {error}");
+    }
+}
+
 /// What an ft thread woke for.
 struct Ready {
     readable: bool,

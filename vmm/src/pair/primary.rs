@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
 use super::clone::{CloneProgress, CloneSender, CloneStep};
-use super::{STALE, StatusCell, boot_time, wait};
+use super::{Promptness, STALE, StatusCell, boot_time, run_first, wait};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
@@ -220,6 +220,8 @@ struct PrimarySide {
 
 impl PrimarySide {
     fn run(mut self) {
+        run_first();
+        let mut promptness = Promptness::new("primary");
         loop {
             self.perform();
             self.update_status();
@@ -228,7 +230,9 @@ impl PrimarySide {
             }
             let deadline =
                 self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
+            promptness.sleeps();
             let ready = wait(self.link.channel(), &self.waker, deadline);
+            promptness.wakes(deadline);
             if ready.readable {
                 self.read();
             }
