@@ -220,16 +220,21 @@ impl BackupSide {
             self.take_inward();
             self.take_progress();
             self.write();
+            self.catch_up();
             self.step(Input::Tick);
         }
     }
 
-    fn step(&mut self, input: Input) {
-        // This thread may have been kept waiting, by the host or in a system call. What the peer has said
-        // meanwhile comes first: else a delay of our own would look like silence of the peer's.
-        if boot_time() > self.last_read + STALE && !matches!(input, Input::Message(_)) {
+    /// Before an input that is not the peer's: this thread may have been kept waiting, by the host or in a
+    /// system call, and what the peer has said meanwhile comes first. Else a delay of our own would look
+    /// like silence of the peer's. Never while a message is being acted upon: the next would overtake it.
+    fn catch_up(&mut self) {
+        if boot_time() > self.last_read + STALE {
             self.read();
         }
+    }
+
+    fn step(&mut self, input: Input) {
         if let Err(error) = self.try_step(input) {
             // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
@@ -271,6 +276,7 @@ impl BackupSide {
 
     fn take_inward(&mut self) {
         while let Ok(inward) = self.inward.try_recv() {
+            self.catch_up();
             match inward {
                 Inward::Arbiter(generation, answer) => {
                     self.step(Input::ArbiterAnswered { generation, answer });
@@ -288,6 +294,7 @@ impl BackupSide {
         let (position, point) =
             *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
         if position > LogPosition(0) && !self.machine.ended() {
+            self.catch_up();
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
             self.step(Input::Executed { point, position, digests_compared });
         }

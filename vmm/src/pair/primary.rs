@@ -240,16 +240,21 @@ impl PrimarySide {
             self.take_flushes();
             self.take_inward();
             self.write();
+            self.catch_up();
             self.step(Input::Tick);
         }
     }
 
-    fn step(&mut self, input: Input) {
-        // This thread may have been kept waiting, by the host or in a system call. What the peer has said
-        // meanwhile comes first: else a delay of our own would look like silence of the peer's.
-        if boot_time() > self.last_read + STALE && !matches!(input, Input::Message(_)) {
+    /// Before an input that is not the peer's: this thread may have been kept waiting, by the host or in a
+    /// system call, and what the peer has said meanwhile comes first. Else a delay of our own would look
+    /// like silence of the peer's. Never while a message is being acted upon: the next would overtake it.
+    fn catch_up(&mut self) {
+        if boot_time() > self.last_read + STALE {
             self.read();
         }
+    }
+
+    fn step(&mut self, input: Input) {
         if let Err(error) = self.try_step(input) {
             // A bug of this file; the machine has not changed.
             log::error!("ft: {error}");
@@ -306,6 +311,7 @@ impl PrimarySide {
             else {
                 return;
             };
+            self.catch_up();
             match step {
                 CloneStep::Message(message) => self.send(&message),
                 CloneStep::Sent => {
@@ -320,6 +326,7 @@ impl PrimarySide {
     fn take_flushes(&mut self) {
         while self.clone_sent && !self.machine.ended() {
             let Ok(message) = self.flushes.try_recv() else { return };
+            self.catch_up();
             match message {
                 FromVcpu::Flush(flush) => {
                     let now = boot_time();
@@ -337,6 +344,7 @@ impl PrimarySide {
 
     fn take_inward(&mut self) {
         while let Ok(inward) = self.inward.try_recv() {
+            self.catch_up();
             match inward {
                 Inward::Arbiter(generation, answer) => {
                     self.step(Input::ArbiterAnswered { generation, answer });
