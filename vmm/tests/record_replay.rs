@@ -149,7 +149,7 @@ fn replay(mut guest: Guest, log: &Path) -> (Digest, ExecutionPoint, u64) {
             replay::Next::Again => {}
             replay::Next::LogEmpty => match file.read(&mut piece).unwrap() {
                 0 => panic!("the log ended before the guest powered off"),
-                count => replay.receive(&piece[..count]),
+                count => replay.receive(&piece[..count], Instant::now()),
             },
             replay::Next::PoweredOff => break,
             other => panic!("{other:?}"),

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use ft::backup::{Action, IllegalInput, Input};
@@ -330,7 +330,7 @@ impl BackupSide {
             }
             Action::Replay { bytes, .. } => {
                 if let Some(inbox) = &self.inbox {
-                    inbox.post(run_loop::Message::Log(bytes));
+                    inbox.post(run_loop::Message::Log { bytes, received: Instant::now() });
                 }
             }
             Action::Protected => self.host.protected(),

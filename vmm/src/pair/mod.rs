@@ -82,7 +82,7 @@ impl Promptness {
         Self { side, woke: boot_time() }
     }
 
-    /// Before sleeping until `deadline`: tells of work that took long.
+    /// Before sleeping: tells of work that took long.
     fn sleeps(&self) {
         let worked = boot_time().saturating_sub(self.woke);
         if worked > NOTABLE_DELAY {

@@ -48,7 +48,12 @@ pub enum Message {
     /// From a back half: a frame, a completion, input, entropy.
     Event(Event),
     /// From the backup's channel: the next bytes of the log, in order.
-    Log(Vec<u8>),
+    Log {
+        /// Whole records.
+        bytes: Vec<u8>,
+        /// When they came. A replaying vCPU thread reads no clock itself.
+        received: Instant,
+    },
     /// From the control or the ft thread.
     Command(Command),
     /// Look again: something shared has changed (the log has room again).
@@ -358,9 +363,9 @@ impl RunLoop {
         match message {
             Message::Wake => {}
             Message::Event(event) => self.event(event)?,
-            Message::Log(bytes) => {
+            Message::Log { bytes, received } => {
                 if let Driver::Replay(replay) = &mut self.driver {
-                    replay.receive(&bytes);
+                    replay.receive(&bytes, received);
                 }
             }
             Message::Command(Command::Quit) => return Ok(Flow::Quit),

@@ -3,8 +3,8 @@
 //! The guest's clock is a line over its instruction count ([`hypervisor::Anchor`]). The running side
 //! draws a new line about once a millisecond, and whenever a halted guest wakes: it starts where the old
 //! one ended, so time never jumps backwards, and is steep enough to meet host time one quantum later.
-//! This module is the only reader of a host clock on the vCPU thread; what it reads reaches the guest as a
-//! recorded event and in no other way.
+//! Here alone a host clock becomes guest time, and on the running side alone: what is read reaches the guest
+//! as a recorded event and in no other way.
 
 use std::time::{Duration, Instant};
 

@@ -73,9 +73,9 @@ impl Replay {
         }
     }
 
-    /// Takes the next bytes of the log.
-    pub fn receive(&mut self, bytes: &[u8]) {
-        self.last_log = Instant::now();
+    /// Takes the next bytes of the log, which came at `received`.
+    pub fn receive(&mut self, bytes: &[u8], received: Instant) {
+        self.last_log = received;
         self.log.push(bytes);
     }
 
