@@ -3,7 +3,7 @@
 //! A success with an answer prints it, one without prints nothing; both end with 0. A refusal prints the server's
 //! texts on standard error and ends with 1, wrong usage with 2.
 
-#[path = "../report.rs"]
+#[path = "../../report.rs"]
 mod report;
 
 use std::fs::File;
