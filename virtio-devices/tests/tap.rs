@@ -65,7 +65,7 @@ fn frames_pass_both_ways_and_stale_ones_do_not() {
     if !namespace("frames_pass_both_ways_and_stale_ones_do_not") {
         return;
     }
-    let mut back = NetBack::open(&options("dyadtest0")).unwrap();
+    let back = NetBack::open(&options("dyadtest0")).unwrap();
     assert_eq!(back.name(), "dyadtest0");
     let socket = host_socket();
     socket.send_to(b"stale", (BROADCAST, PORT)).unwrap();
@@ -102,7 +102,7 @@ fn an_interface_in_use_is_refused_by_name() {
     let error = NetBack::open(&options("dyadtest1")).unwrap_err();
     assert!(matches!(&error, TapError::Busy { name } if name == "dyadtest1"), "{error}");
     drop(back);
-    let mut back = NetBack::open(&options("dyadtest1")).unwrap();
+    let back = NetBack::open(&options("dyadtest1")).unwrap();
     back.start(Box::new(drop)).unwrap();
     back.stop();
 }

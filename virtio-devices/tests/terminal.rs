@@ -15,7 +15,7 @@ const TEST: &str = "the_terminal_is_raw_while_the_console_runs_and_restored_afte
 
 /// What the second run does: says that it runs, and ends when it is told to.
 fn child() {
-    let mut back = ConsoleBack::open(ConsoleMode::Tty).unwrap();
+    let back = ConsoleBack::open(ConsoleMode::Tty).unwrap();
     let (sender, receiver) = mpsc::channel();
     back.start(Box::new(move |bytes| drop(sender.send(bytes)))).unwrap();
     back.output(b"READY");

@@ -3,25 +3,30 @@
 //! Opened as a whole from a configuration, started apart from that: a backup opens everything early, so
 //! that going live cannot fail for want of a file, but starts nothing, so that the world sees one
 //! machine only. What happens in the world is handed to one sink as [`ft::Event`]s.
+//!
+//! Once opened they are shared as they are: the vCPU thread and the ft thread, which runs at real-time priority,
+//! call them at the same time, and no call waits for a lock the other could hold.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::Duration;
 
 use ft::Event;
-use virtio_devices::block::back::{BlockBack, BlockBackError, Valve};
+use virtio_devices::BlockRequest;
+use virtio_devices::block::back::{BlockBack, BlockBackError};
+use virtio_devices::block::latency::Latencies;
 use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
 use virtio_devices::net::TapError;
 use virtio_devices::net::back::{NetBack, TapOptions};
 use virtio_devices::rng::back::{RngBack, RngBackError};
-use virtio_devices::{BlockOp, BlockRequest};
 
 use crate::api::Counters;
 use crate::config::{ConsoleMode, NetConfig, VmConfig};
-use crate::machine::{self, Kind, MachineEffect};
+use crate::machine::{self, Kind};
 use crate::pci::PciError;
+use crate::run_loop::outgoing::Outlet;
 
 /// Where events go. Called on the back halves' threads; must not wait for any of them.
 pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
@@ -89,7 +94,6 @@ pub enum BackendError {
 struct Disk {
     id: String,
     back: BlockBack,
-    latencies: Arc<Mutex<Latencies>>,
 }
 
 struct Net {
@@ -138,7 +142,7 @@ impl Backends {
                         Ok(back) => back,
                         Err(source) => return Err(BackendError::Disk { id, source }),
                     };
-                    backends.disks.insert(slot, Disk { id, back, latencies: Arc::default() });
+                    backends.disks.insert(slot, Disk { id, back });
                 }
                 Kind::Net { index } => {
                     let net = &config.net()[index];
@@ -174,12 +178,10 @@ impl Backends {
 
     /// Starts to do and to receive: from now on this process is the one the world sees. What was
     /// submitted before is done first. A second call does nothing.
-    pub fn start(&mut self) -> Result<(), BackendError> {
-        for (device, disk) in &mut self.disks {
+    pub fn start(&self) -> Result<(), BackendError> {
+        for (device, disk) in &self.disks {
             let (device, sink) = (*device, Arc::clone(&self.sink));
-            let latencies = Arc::clone(&disk.latencies);
             let complete = move |completion: virtio_devices::BlockCompletion| {
-                lock(&latencies).finished(completion.id);
                 sink(Event::DiskCompletion {
                     device,
                     request: completion.id,
@@ -191,95 +193,30 @@ impl Backends {
                 .start(Box::new(complete))
                 .map_err(|source| BackendError::Disk { id: disk.id.clone(), source })?;
         }
-        for (device, net) in &mut self.nets {
+        for (device, net) in &self.nets {
             let (device, sink) = (*device, Arc::clone(&self.sink));
             net.back
                 .start(Box::new(move |frames| sink(Event::Frames { device, frames })))
                 .map_err(|source| BackendError::Net { id: net.id.clone(), source })?;
         }
-        for (device, rng) in &mut self.rngs {
+        for (device, rng) in &self.rngs {
             let (device, sink) = (*device, Arc::clone(&self.sink));
             rng.start(Box::new(move |bytes| sink(Event::Entropy { device, bytes })))
                 .map_err(BackendError::Rng)?;
         }
-        for (device, console) in &mut self.consoles {
+        for (device, console) in &self.consoles {
             let (device, sink) = (*device, Arc::clone(&self.sink));
             console
                 .start(Box::new(move |bytes| sink(Event::ConsoleInput { device, bytes })))
                 .map_err(|source| BackendError::Console { what: "console", source })?;
         }
-        if let Some(serial) = &mut self.serial {
+        if let Some(serial) = &self.serial {
             let sink = Arc::clone(&self.sink);
             serial
                 .start(Box::new(move |bytes| sink(Event::SerialInput { bytes })))
                 .map_err(|source| BackendError::Console { what: "serial port", source })?;
         }
         Ok(())
-    }
-
-    /// Does what the machine asked for. Returns false for what is no back half's business: power-off and
-    /// reset.
-    pub fn perform(&self, effect: MachineEffect) -> bool {
-        match effect {
-            MachineEffect::Block { device, request } => self.submit(device, request),
-            MachineEffect::Frames { device, frames } => self.send(device, &frames),
-            MachineEffect::Console { device, bytes } => self.console(device, &bytes),
-            MachineEffect::Serial { bytes } => self.serial(&bytes),
-            MachineEffect::EntropyWanted { device, len } => self.entropy(device, len),
-            MachineEffect::PowerOff | MachineEffect::Reset => return false,
-        }
-        true
-    }
-
-    /// Queues a disk request.
-    pub fn submit(&self, device: u8, request: BlockRequest) {
-        if let Some(disk) = self.disks.get(&device) {
-            lock(&disk.latencies).begun(&request);
-            disk.back.submit(request);
-        }
-    }
-
-    /// Sends frames.
-    pub fn send(&self, device: u8, frames: &[Vec<u8>]) {
-        if let Some(net) = self.nets.get(&device) {
-            net.back.send(frames);
-        }
-    }
-
-    /// Writes to a console.
-    pub fn console(&self, device: u8, bytes: &[u8]) {
-        if let Some(console) = self.consoles.get(&device) {
-            console.output(bytes);
-        }
-    }
-
-    /// Writes to the serial port.
-    pub fn serial(&self, bytes: &[u8]) {
-        if let Some(serial) = &self.serial {
-            serial.output(bytes);
-        }
-    }
-
-    /// Asks for random bytes.
-    pub fn entropy(&self, device: u8, len: u32) {
-        if let Some(rng) = self.rngs.get(&device) {
-            rng.request(len);
-        }
-    }
-
-    /// Tells every network that the guest is reached through this host now.
-    pub fn announce(&self) {
-        for net in self.nets.values() {
-            if let Some(mac) = net.mac {
-                net.back.announce(mac);
-            }
-        }
-    }
-
-    /// What lets the disks' requests through.
-    #[must_use]
-    pub fn disk_valves(&self) -> Vec<Arc<Valve>> {
-        self.disks.values().map(|disk| disk.back.valve()).collect()
     }
 
     /// From now on begins no disk request: for a machine that lost its claim.
@@ -305,7 +242,7 @@ impl Backends {
     /// outlive a change of host.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let latencies = |disk: &Disk| (disk.id.clone(), lock(&disk.latencies).counters());
+        let latencies = |disk: &Disk| (disk.id.clone(), latency_counters(disk.back.latencies()));
         self.disks.values().map(latencies).collect()
     }
 
@@ -313,6 +250,58 @@ impl Backends {
     /// consoles is written, the rest is dropped.
     pub fn close(self) {
         drop(self);
+    }
+}
+
+impl Outlet for Backends {
+    fn block(&self, device: u8, request: BlockRequest) {
+        if let Some(disk) = self.disks.get(&device) {
+            disk.back.submit(request);
+        }
+    }
+
+    fn frames(&self, device: u8, frames: &[Vec<u8>]) {
+        if let Some(net) = self.nets.get(&device) {
+            net.back.send(frames);
+        }
+    }
+
+    fn console(&self, device: u8, bytes: &[u8]) {
+        if let Some(console) = self.consoles.get(&device) {
+            console.output(bytes);
+        }
+    }
+
+    fn serial(&self, bytes: &[u8]) {
+        if let Some(serial) = &self.serial {
+            serial.output(bytes);
+        }
+    }
+
+    fn entropy(&self, device: u8, len: u32) {
+        if let Some(rng) = self.rngs.get(&device) {
+            rng.request(len);
+        }
+    }
+
+    fn close_disks(&self) {
+        self.disks.values().for_each(|disk| disk.back.valve().close());
+    }
+
+    fn open_disks(&self) {
+        self.disks.values().for_each(|disk| disk.back.valve().open());
+    }
+
+    fn set_lease(&self, until: Option<Duration>) {
+        self.disks.values().for_each(|disk| disk.back.valve().set_lease(until));
+    }
+
+    fn announce(&self) {
+        for net in self.nets.values() {
+            if let Some(mac) = net.mac {
+                net.back.announce(mac);
+            }
+        }
     }
 }
 
@@ -349,76 +338,25 @@ fn open_console(
     opened.map(Some).map_err(|source| BackendError::Console { what, source })
 }
 
-fn lock(latencies: &Mutex<Latencies>) -> std::sync::MutexGuard<'_, Latencies> {
-    latencies.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How long disk requests take, from submission to completion.
-#[derive(Debug, Default)]
-struct Latencies {
-    under_way: HashMap<u64, (Direction, Instant)>,
-    read: Latency,
-    write: Latency,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Direction {
-    Read,
-    Write,
-}
-
-#[derive(Debug, Default)]
-struct Latency {
-    count: u64,
-    sum_us: u64,
-    min_us: Option<u64>,
-    max_us: Option<u64>,
-}
-
-impl Latencies {
-    fn begun(&mut self, request: &BlockRequest) {
-        let direction = match request.op {
-            BlockOp::Read { .. } => Direction::Read,
-            BlockOp::Write { .. } => Direction::Write,
-            BlockOp::Flush | BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => return,
-        };
-        self.under_way.insert(request.id, (direction, Instant::now()));
+/// As Cloud Hypervisor shows them.
+fn latency_counters(latencies: &Latencies) -> BTreeMap<String, u64> {
+    let mut counters = BTreeMap::new();
+    for (name, latency) in [("read", latencies.read()), ("write", latencies.write())] {
+        // Before the first request Cloud Hypervisor shows these, and clients know them.
+        let average = latency.sum_us.checked_div(latency.count).unwrap_or(u64::MAX / 10_000);
+        let max = if latency.count == 0 { u64::MAX } else { latency.max_us };
+        let values = [("min", latency.min_us), ("max", max), ("avg", average)];
+        counters.extend(values.map(|(which, value)| (format!("{name}_latency_{which}"), value)));
     }
-
-    fn finished(&mut self, id: u64) {
-        let Some((direction, begun)) = self.under_way.remove(&id) else { return };
-        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let latency = match direction {
-            Direction::Read => &mut self.read,
-            Direction::Write => &mut self.write,
-        };
-        latency.count += 1;
-        latency.sum_us = latency.sum_us.saturating_add(us);
-        latency.min_us = Some(latency.min_us.map_or(us, |min| min.min(us)));
-        latency.max_us = Some(latency.max_us.map_or(us, |max| max.max(us)));
-    }
-
-    fn counters(&self) -> BTreeMap<String, u64> {
-        let mut counters = BTreeMap::new();
-        for (name, latency) in [("read", &self.read), ("write", &self.write)] {
-            // Before the first request Cloud Hypervisor shows these, and clients know them.
-            let average = latency.sum_us.checked_div(latency.count).unwrap_or(u64::MAX / 10_000);
-            let values = [
-                ("min", latency.min_us.unwrap_or(u64::MAX)),
-                ("max", latency.max_us.unwrap_or(u64::MAX)),
-                ("avg", average),
-            ];
-            counters
-                .extend(values.map(|(which, value)| (format!("{name}_latency_{which}"), value)));
-        }
-        counters
-    }
+    counters
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::sync::mpsc;
+    use std::sync::{Mutex, mpsc};
+
+    use virtio_devices::BlockOp;
 
     use super::*;
     use crate::config::{ConsoleConfig, DiskConfig, SerialConfig};
@@ -452,7 +390,7 @@ mod tests {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(8192).unwrap();
         let config = with_disk(image.path());
-        let mut host = open(&config).unwrap();
+        let host = open(&config).unwrap();
         assert_eq!(host.backends.disk_sectors(&config), [16]);
         let none = &host.backends.counters()["_disk0"];
         assert_eq!(
@@ -461,7 +399,7 @@ mod tests {
         );
         let request = BlockRequest { id: 7, op: BlockOp::Read { sector: 1, len: 512 } };
         // Slot 2: the console has slot 1.
-        host.backends.submit(2, request);
+        host.backends.block(2, request);
         host.backends.start().unwrap();
         let event = host.events.recv().unwrap();
         let expected =
@@ -473,20 +411,19 @@ mod tests {
 
     #[test]
     fn entropy_comes_in_the_length_asked_for() {
-        let mut host = open(&config()).unwrap();
+        let host = open(&config()).unwrap();
         host.backends.start().unwrap();
-        assert!(host.backends.perform(MachineEffect::EntropyWanted { device: 2, len: 33 }));
+        host.backends.entropy(2, 33);
         let Event::Entropy { device: 2, bytes } = host.events.recv().unwrap() else {
             panic!("another event");
         };
         assert_eq!(bytes.len(), 33);
-        assert!(!host.backends.perform(MachineEffect::Reset));
     }
 
     #[test]
     fn a_pseudo_terminal_carries_the_serial_port_both_ways() {
         let serial = SerialConfig { mode: ConsoleMode::Pty, ..SerialConfig::default() };
-        let mut host = open(&VmConfig { serial, ..config() }).unwrap();
+        let host = open(&VmConfig { serial, ..config() }).unwrap();
         let path = host.backends.serial_pty().unwrap().to_owned();
         assert!(host.backends.console_pty().is_none());
         host.backends.start().unwrap();
@@ -508,7 +445,7 @@ mod tests {
             file: Some(file.clone()),
             ..ConsoleConfig::default()
         };
-        let mut host = open(&VmConfig { console, ..config() }).unwrap();
+        let host = open(&VmConfig { console, ..config() }).unwrap();
         host.backends.start().unwrap();
         host.backends.console(1, b"some output");
         host.backends.close();

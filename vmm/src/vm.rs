@@ -2,14 +2,12 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ft::Event;
 use hypervisor::{GuestMemory, Hypervisor};
-use virtio_devices::BlockRequest;
 
-use crate::api::Counters;
 use crate::backends::{BackendError, Backends, EventSink};
 use crate::boot::{LoadError, Payload};
 use crate::config::VmConfig;
@@ -50,75 +48,11 @@ pub enum VmError {
     Thread(#[source] std::io::Error),
 }
 
-/// Back halves that several threads use: the vCPU thread and, for what the gate releases, the ft thread.
-pub struct BackHalves(Mutex<Backends>);
-
-impl BackHalves {
-    fn with<T>(&self, f: impl FnOnce(&Backends) -> T) -> T {
-        f(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Begins host I/O. Before, requests wait and nothing is received.
-    pub fn start(&self) -> Result<(), BackendError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).start()
-    }
-
-    /// From now on begins no disk request.
-    pub fn halt_disks(&self) {
-        self.with(Backends::halt_disks);
-    }
-
-    /// Latencies of the disks.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        self.with(Backends::counters)
-    }
-}
-
-impl Outlet for BackHalves {
-    fn block(&self, device: u8, request: BlockRequest) {
-        self.with(|backends| backends.submit(device, request));
-    }
-
-    fn frames(&self, device: u8, frames: &[Vec<u8>]) {
-        self.with(|backends| backends.send(device, frames));
-    }
-
-    fn console(&self, device: u8, bytes: &[u8]) {
-        self.with(|backends| backends.console(device, bytes));
-    }
-
-    fn serial(&self, bytes: &[u8]) {
-        self.with(|backends| backends.serial(bytes));
-    }
-
-    fn entropy(&self, device: u8, len: u32) {
-        self.with(|backends| backends.entropy(device, len));
-    }
-
-    fn close_disks(&self) {
-        // Waited for without the lock: the vCPU thread goes on handing in requests.
-        self.with(Backends::disk_valves).iter().for_each(|valve| valve.close());
-    }
-
-    fn open_disks(&self) {
-        self.with(Backends::disk_valves).iter().for_each(|valve| valve.open());
-    }
-
-    fn set_lease(&self, until: Option<Duration>) {
-        self.with(Backends::disk_valves).iter().for_each(|valve| valve.set_lease(until));
-    }
-
-    fn announce(&self) {
-        self.with(Backends::announce);
-    }
-}
-
 /// A VM that is built but does not run yet: a backup being filled, or one about to boot.
 pub struct Prepared {
     guest: Guest,
     mailbox: Mailbox,
-    backends: Arc<BackHalves>,
+    backends: Arc<Backends>,
     config: VmConfig,
     host: HostFacts,
     memory: GuestMemory,
@@ -142,7 +76,7 @@ impl Prepared {
         let guest = Guest::new(hypervisor, &config, memory.clone(), &host)?;
         let mailbox = Mailbox::new(&guest);
         let _ = slot.set(mailbox.sender.clone());
-        let backends = Arc::new(BackHalves(Mutex::new(backends)));
+        let backends = Arc::new(backends);
         Ok(Self { guest, mailbox, backends, config, host, memory })
     }
 
@@ -155,7 +89,7 @@ impl Prepared {
     /// The disks as they are here; a backup's must be as large as the primary's.
     #[must_use]
     pub fn disk_sectors(&self) -> Vec<u64> {
-        self.backends.with(|backends| backends.disk_sectors(&self.config))
+        self.backends.disk_sectors(&self.config)
     }
 
     /// Boots the payload and runs.
@@ -251,7 +185,7 @@ pub trait VmDoorbell: Send + Sync {
 pub struct Vm {
     // Dropped first: nothing may call the back halves' sink or outlet while they close.
     vcpu: VcpuThread,
-    backends: Arc<BackHalves>,
+    backends: Arc<Backends>,
     config: VmConfig,
     host: HostFacts,
     memory: GuestMemory,
@@ -302,7 +236,7 @@ impl Vm {
 
     /// Its back halves.
     #[must_use]
-    pub fn back_halves(&self) -> &Arc<BackHalves> {
+    pub fn back_halves(&self) -> &Arc<Backends> {
         &self.backends
     }
 

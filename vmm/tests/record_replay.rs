@@ -8,12 +8,11 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 use ft::{Digest, Event, ExecutionPoint, LogPosition, Unequal};
 use hypervisor::soft::SoftHypervisor;
-use virtio_devices::BlockRequest;
 use vmm::backends::Backends;
 use vmm::boot::Payload;
 use vmm::config::{ConsoleMode, VmConfig};
@@ -34,38 +33,6 @@ const LOAD: &str = "sha256sum /dev/vda; dd if=/dev/urandom of=/dev/vda bs=64k co
 /// Where `scripts/build-guest` puts the guest.
 fn guest_directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/guest")
-}
-
-struct BackHalves(Mutex<Backends>);
-
-impl BackHalves {
-    fn with<T>(&self, f: impl FnOnce(&mut Backends) -> T) -> T {
-        f(&mut self.0.lock().unwrap())
-    }
-}
-
-impl Outlet for BackHalves {
-    fn block(&self, device: u8, request: BlockRequest) {
-        self.with(|backends| backends.submit(device, request));
-    }
-    fn frames(&self, device: u8, frames: &[Vec<u8>]) {
-        self.with(|backends| backends.send(device, frames));
-    }
-    fn console(&self, device: u8, bytes: &[u8]) {
-        self.with(|backends| backends.console(device, bytes));
-    }
-    fn serial(&self, bytes: &[u8]) {
-        self.with(|backends| backends.serial(bytes));
-    }
-    fn entropy(&self, device: u8, len: u32) {
-        self.with(|backends| backends.entropy(device, len));
-    }
-    fn close_disks(&self) {}
-    fn open_disks(&self) {}
-    fn set_lease(&self, _until: Option<Duration>) {}
-    fn announce(&self) {
-        self.with(|backends| backends.announce());
-    }
 }
 
 /// The machine of both sides: a function of its configuration alone.
@@ -186,13 +153,13 @@ fn a_recorded_guest_replays_to_equal_digests_twice() {
     let sink = Arc::new(move |event| {
         let _ = sender.send(event);
     });
-    let mut backends = Backends::open(&config, sink).unwrap();
+    let backends = Backends::open(&config, sink).unwrap();
     backends.start().unwrap();
     let host = HostFacts {
         boot_wall_ns: 1_700_000_000_000_000_000,
         disk_sectors: backends.disk_sectors(&config),
     };
-    let outlet = Arc::new(BackHalves(Mutex::new(backends)));
+    let outlet = Arc::new(backends);
 
     let log = scratch.path().join("log");
     let mut file = File::create(&log).unwrap();

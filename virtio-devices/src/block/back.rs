@@ -9,14 +9,15 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::time::{ClockId, clock_gettime};
 
+use super::latency::{Latencies, Timing};
 use crate::effect::{BlockCompletion, BlockOp, BlockRequest, BlockStatus, SECTOR_SIZE};
 
 /// Bytes written at a time where a range of zeroes has to be written out.
@@ -81,10 +82,18 @@ pub enum BlockBackError {
 pub struct BlockBack {
     image: Arc<Image>,
     sectors: u64,
-    sender: mpsc::Sender<BlockRequest>,
+    sender: mpsc::Sender<Submitted>,
     /// Until started.
-    receiver: Option<mpsc::Receiver<BlockRequest>>,
-    thread: Option<JoinHandle<()>>,
+    receiver: Mutex<Option<mpsc::Receiver<Submitted>>>,
+    thread: OnceLock<JoinHandle<()>>,
+    latencies: Arc<Latencies>,
+}
+
+/// A request on its way to the thread.
+#[derive(Debug)]
+struct Submitted {
+    request: BlockRequest,
+    at: Instant,
 }
 
 #[derive(Debug)]
@@ -118,7 +127,14 @@ impl BlockBack {
         let (valve, failures) = (Arc::default(), AtomicU32::new(0));
         let image = Arc::new(Image { path, file, valve, failures });
         let sectors = bytes / SECTOR_SIZE;
-        Ok(Self { image, sectors, sender, receiver: Some(receiver), thread: None })
+        Ok(Self {
+            image,
+            sectors,
+            sender,
+            receiver: Mutex::new(Some(receiver)),
+            thread: OnceLock::new(),
+            latencies: Arc::default(),
+        })
     }
 
     /// Size in sectors of 512 bytes.
@@ -132,14 +148,17 @@ impl BlockBack {
     ///
     /// # Errors
     /// If the host has no thread to give.
-    pub fn start(&mut self, complete: CompletionSink) -> Result<(), BlockBackError> {
-        let Some(receiver) = self.receiver.take() else { return Ok(()) };
-        let image = Arc::clone(&self.image);
+    pub fn start(&self, complete: CompletionSink) -> Result<(), BlockBackError> {
+        let receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(receiver) = receiver else { return Ok(()) };
+        let (image, latencies) = (Arc::clone(&self.image), Arc::clone(&self.latencies));
         let work = move || {
-            for request in receiver {
+            for Submitted { request, at } in receiver {
                 if image.valve.enter() {
+                    let timing = Timing::begin(&request.op, at);
                     let completion = image.execute(request);
                     image.valve.leave();
+                    latencies.finished(timing);
                     complete(completion);
                 }
             }
@@ -147,14 +166,22 @@ impl BlockBack {
         let spawned = std::thread::Builder::new().name("disk".into()).spawn(work);
         let thread = spawned
             .map_err(|source| BlockBackError::Thread { path: self.image.path.clone(), source })?;
-        self.thread = Some(thread);
+        // Nobody else can have been here: the receiver is given away once.
+        let _ = self.thread.set(thread);
         Ok(())
     }
 
-    /// Queues a request. It is executed once the disk is started.
+    /// How long requests take, from submission to completion.
+    #[must_use]
+    pub fn latencies(&self) -> &Latencies {
+        &self.latencies
+    }
+
+    /// Queues a request. It is executed once the disk is started. Takes no lock.
     pub fn submit(&self, request: BlockRequest) {
+        let submitted = Submitted { request, at: Instant::now() };
         // The other end outlives this one until `stop`, which consumes it.
-        if self.sender.send(request).is_err() {
+        if self.sender.send(submitted).is_err() {
             log::warn!("a request came for disk {} after its end", self.image.path.display());
         }
     }
@@ -398,7 +425,7 @@ fn describe(op: &BlockOp) -> String {
 mod tests {
     use super::*;
 
-    fn run(back: &mut BlockBack, ops: Vec<BlockOp>) -> Vec<BlockCompletion> {
+    fn run(back: &BlockBack, ops: Vec<BlockOp>) -> Vec<BlockCompletion> {
         let (sender, receiver) = mpsc::channel();
         back.start(Box::new(move |completion| sender.send(completion).unwrap())).unwrap();
         let count = ops.len();
@@ -421,10 +448,10 @@ mod tests {
     #[test]
     fn requests_are_executed_in_order_and_answered_by_id() {
         let file = image(64);
-        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let back = BlockBack::open(file.path(), false).unwrap();
         assert_eq!(back.sectors(), 64);
         let done = run(
-            &mut back,
+            &back,
             vec![
                 write(3, 0xab, 2),
                 BlockOp::Flush,
@@ -482,9 +509,9 @@ mod tests {
     #[test]
     fn host_errors_reach_the_guest_as_io_errors() {
         let file = image(8);
-        let mut read_only = BlockBack::open(file.path(), true).unwrap();
+        let read_only = BlockBack::open(file.path(), true).unwrap();
         let done = run(
-            &mut read_only,
+            &read_only,
             vec![
                 write(0, 1, 1),
                 BlockOp::Read { sector: 7, len: 1024 },
@@ -498,13 +525,13 @@ mod tests {
     #[test]
     fn stop_finishes_the_queue_and_halt_forgets_it() {
         let file = image(8);
-        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let back = BlockBack::open(file.path(), false).unwrap();
         back.submit(BlockRequest { id: 0, op: write(0, 7, 8) });
         back.start(Box::new(|_| ())).unwrap();
         back.stop();
         assert_eq!(std::fs::read(file.path()).unwrap(), vec![7; 8 * 512]);
 
-        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let back = BlockBack::open(file.path(), false).unwrap();
         back.submit(BlockRequest { id: 0, op: write(0, 8, 8) });
         back.halt();
         back.start(Box::new(|completion| panic!("{completion:?}"))).unwrap();
@@ -515,7 +542,7 @@ mod tests {
     #[test]
     fn a_closed_valve_holds_requests_until_it_opens() {
         let file = image(8);
-        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let back = BlockBack::open(file.path(), false).unwrap();
         let (sender, done) = mpsc::channel();
         back.start(Box::new(move |completion| sender.send(completion.id).unwrap())).unwrap();
         back.submit(BlockRequest { id: 0, op: write(0, 1, 8) });
@@ -534,7 +561,7 @@ mod tests {
     #[test]
     fn without_a_lease_nothing_is_written() {
         let file = image(8);
-        let mut back = BlockBack::open(file.path(), false).unwrap();
+        let back = BlockBack::open(file.path(), false).unwrap();
         let (sender, done) = mpsc::channel();
         back.start(Box::new(move |completion| sender.send(completion.id).unwrap())).unwrap();
         let valve = back.valve();

@@ -2,6 +2,7 @@
 
 pub mod back;
 mod front;
+pub mod latency;
 mod overlap;
 mod state;
 

@@ -1,25 +1,25 @@
 //! The host half of a console, for the virtio console and the serial port alike.
 //!
-//! One thread does all reading and writing. Output waits in a buffer of bounded size; when nobody reads
+//! One thread does all reading and writing. Output waits in a queue of bounded size; when nobody reads
 //! it fast enough, the oldest goes. So a terminal that is stopped, or a socket whose client sleeps,
 //! never holds up the guest.
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::poll::PollFlags;
 
+use super::output::Output;
 use super::terminal::{self, RawMode};
 use crate::poll::{Bell, PollThread, readable};
 
-/// Output that waits to be written, in bytes.
-const OUTPUT_MAX: usize = 1 << 20;
+/// Bytes gathered for one write.
+const WRITE_CHUNK: usize = 64 << 10;
 
 /// Bytes read at a time.
 const INPUT_CHUNK: usize = 4096;
@@ -94,11 +94,17 @@ pub enum ConsoleBackError {
 pub struct ConsoleBack {
     mode: ConsoleMode,
     /// Opened early, until started.
-    streams: Streams,
+    streams: Mutex<Option<Streams>>,
     pty: Option<PathBuf>,
-    pending: Arc<Mutex<VecDeque<u8>>>,
-    thread: Option<PollThread>,
-    /// Puts the terminal back as it was; after the thread's end, as fields are dropped in order.
+    pending: Arc<Output>,
+    running: OnceLock<Running>,
+}
+
+/// What there is from the start on. Fields are dropped in order: first the thread ends.
+#[derive(Debug)]
+struct Running {
+    thread: PollThread,
+    /// Puts the terminal back as it was.
     _raw_mode: Option<RawMode>,
     /// Removes the socket.
     _socket: Option<SocketFile>,
@@ -135,15 +141,8 @@ impl ConsoleBack {
                 streams._pty_user = Some(made.user);
             }
         }
-        Ok(Self {
-            mode,
-            streams,
-            pty,
-            pending: Arc::default(),
-            thread: None,
-            _raw_mode: None,
-            _socket: None,
-        })
+        let streams = Mutex::new(Some(streams));
+        Ok(Self { mode, streams, pty, pending: Arc::default(), running: OnceLock::new() })
     }
 
     /// The pseudo-terminal's path, if that is the mode.
@@ -156,44 +155,44 @@ impl ConsoleBack {
     ///
     /// # Errors
     /// If terminal or socket cannot be had, or the host has no thread to give.
-    pub fn start(&mut self, sink: InputSink) -> Result<(), ConsoleBackError> {
-        if self.thread.is_some() || self.mode == ConsoleMode::Null {
+    pub fn start(&self, sink: InputSink) -> Result<(), ConsoleBackError> {
+        if self.mode == ConsoleMode::Null {
             return Ok(());
         }
-        let mut streams = std::mem::take(&mut self.streams);
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mut streams) = streams else { return Ok(()) };
+        let (mut raw_mode, mut socket) = (None, None);
         match &self.mode {
             ConsoleMode::Tty => {
                 let tty = |source| ConsoleBackError::Tty { source };
                 streams.input = Some(terminal::standard_input().map_err(tty)?);
                 streams.output = Some(terminal::standard_output().map_err(tty)?);
-                self._raw_mode = RawMode::enter().map_err(tty)?;
+                raw_mode = RawMode::enter().map_err(tty)?;
             }
             ConsoleMode::Socket(path) => {
                 streams.listener = Some(listen(path)?);
-                self._socket = Some(SocketFile(path.clone()));
+                socket = Some(SocketFile(path.clone()));
             }
             ConsoleMode::Null | ConsoleMode::File(_) | ConsoleMode::Pty => {}
         }
-        let worker = Worker { streams, pending: Arc::clone(&self.pending), sink };
+        let pending = Arc::clone(&self.pending);
+        let worker = Worker { streams, pending, written: 0, writing: Vec::new(), sink };
         let thread = PollThread::spawn("console", move |bell| worker.run(bell))
             .map_err(|source| ConsoleBackError::Thread { source })?;
-        thread.ring();
-        self.thread = Some(thread);
+        let running = Running { thread, _raw_mode: raw_mode, _socket: socket };
+        // Rung when it can be reached: whoever printed before could not.
+        self.running.get_or_init(|| running).thread.ring();
         Ok(())
     }
 
-    /// Queues output. Before the start it is kept.
+    /// Queues output. Before the start it is kept. Takes no lock.
     pub fn output(&self, bytes: &[u8]) {
         if self.mode == ConsoleMode::Null {
             return;
         }
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        pending.extend(bytes);
-        let excess = pending.len().saturating_sub(OUTPUT_MAX);
-        pending.drain(..excess);
-        drop(pending);
-        if let Some(thread) = &self.thread {
-            thread.ring();
+        self.pending.push(bytes);
+        if let Some(running) = self.running.get() {
+            running.thread.ring();
         }
     }
 
@@ -235,7 +234,10 @@ impl Drop for SocketFile {
 /// The thread's own.
 struct Worker {
     streams: Streams,
-    pending: Arc<Mutex<VecDeque<u8>>>,
+    pending: Arc<Output>,
+    /// Taken from `pending`; the first `written` bytes are out.
+    writing: Vec<u8>,
+    written: usize,
     sink: InputSink,
 }
 
@@ -287,7 +289,7 @@ impl Worker {
         if let Some(listener) = listener {
             want(Role::Listener, listener.as_fd(), PollFlags::POLLIN);
         }
-        let idle = self.pending.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        let idle = self.written == self.writing.len() && self.pending.is_empty();
         if let Some(output) = output
             && !idle
         {
@@ -315,21 +317,35 @@ impl Worker {
 
     /// Writes pending output as long as it is taken.
     fn write(&mut self) {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(output) = &mut self.streams.output
-            && !pending.is_empty()
-        {
-            match output.write(pending.as_slices().0) {
-                Ok(written) => drop(pending.drain(..written)),
+        while self.streams.output.is_some() && self.gather() {
+            let Some(output) = &mut self.streams.output else { return };
+            match output.write(&self.writing[self.written..]) {
+                Ok(written) => self.written += written,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
                     log::warn!("console output is lost from here on: {error}");
                     self.streams.output = None;
-                    pending.clear();
+                    while self.gather() {
+                        self.written = self.writing.len();
+                    }
                 }
             }
         }
+    }
+
+    /// Takes what is to be written next. False if there is nothing.
+    fn gather(&mut self) -> bool {
+        if self.written == self.writing.len() {
+            self.written = 0;
+            self.writing.clear();
+            while self.writing.len() < WRITE_CHUNK
+                && let Some(piece) = self.pending.take()
+            {
+                self.writing.extend(piece);
+            }
+        }
+        !self.writing.is_empty()
     }
 
     /// The input has ended. A socket waits for its next client.
@@ -380,7 +396,7 @@ mod tests {
 
     use super::*;
 
-    fn start(back: &mut ConsoleBack) -> mpsc::Receiver<Vec<u8>> {
+    fn start(back: &ConsoleBack) -> mpsc::Receiver<Vec<u8>> {
         let (sender, receiver) = mpsc::channel();
         // A test that has seen enough no longer listens.
         back.start(Box::new(move |bytes| drop(sender.send(bytes)))).unwrap();
@@ -400,9 +416,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
         std::fs::write(&path, "before\n").unwrap();
-        let mut back = ConsoleBack::open(ConsoleMode::File(path.clone())).unwrap();
+        let back = ConsoleBack::open(ConsoleMode::File(path.clone())).unwrap();
         back.output(b"early\n");
-        let input = start(&mut back);
+        let input = start(&back);
         back.output(b"late\n");
         back.stop();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "before\nearly\nlate\n");
@@ -411,9 +427,9 @@ mod tests {
 
     #[test]
     fn a_pty_carries_both_ways_without_echo() {
-        let mut back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
+        let back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
         let path = back.pty().unwrap().to_path_buf();
-        let input = start(&mut back);
+        let input = start(&back);
         let mut user = OpenOptions::new()
             .read(true)
             .write(true)
@@ -434,9 +450,9 @@ mod tests {
     fn a_socket_serves_one_client_after_another_and_goes_away() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.sock");
-        let mut back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
+        let back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
         assert!(!path.exists(), "a console that only stands by takes no name");
-        let input = start(&mut back);
+        let input = start(&back);
         for message in [b"one".as_slice(), b"second"] {
             let mut client = UnixStream::connect(&path).unwrap();
             client.write_all(message).unwrap();
@@ -451,18 +467,6 @@ mod tests {
         }
         back.stop();
         assert!(!path.exists());
-    }
-
-    #[test]
-    fn output_nobody_reads_is_bounded_and_the_newest_stays() {
-        let back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
-        for _ in 0..3 {
-            back.output(&vec![b'x'; OUTPUT_MAX]);
-        }
-        back.output(b"end");
-        let mut pending = back.pending.lock().unwrap();
-        assert_eq!(pending.len(), OUTPUT_MAX);
-        assert!(pending.make_contiguous().ends_with(b"xend"));
     }
 
     #[test]

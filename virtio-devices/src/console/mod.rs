@@ -2,6 +2,7 @@
 
 pub mod back;
 mod front;
+mod output;
 mod state;
 mod terminal;
 

@@ -14,7 +14,8 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 /// The terminal of standard input in raw mode: every key goes to the guest. Dropping it restores the
 /// mode from before.
 pub(super) struct RawMode {
-    before: Termios,
+    /// As the system has it: the wrapper's own form may not be shared by threads.
+    before: libc::termios,
 }
 
 impl RawMode {
@@ -29,13 +30,13 @@ impl RawMode {
         let mut raw = before.clone();
         cfmakeraw(&mut raw);
         tcsetattr(&stdin, SetArg::TCSANOW, &raw)?;
-        Ok(Some(Self { before }))
+        Ok(Some(Self { before: before.into() }))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        if let Err(error) = tcsetattr(io::stdin(), SetArg::TCSANOW, &self.before) {
+        if let Err(error) = tcsetattr(io::stdin(), SetArg::TCSANOW, &Termios::from(self.before)) {
             log::warn!("the terminal stays in raw mode, 'reset' restores it: {error}");
         }
     }

@@ -9,8 +9,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::poll::PollFlags;
 
@@ -45,7 +45,7 @@ pub struct TapOptions {
 pub struct NetBack {
     name: String,
     file: Arc<File>,
-    thread: Option<PollThread>,
+    thread: OnceLock<PollThread>,
     dropped: AtomicU64,
 }
 
@@ -56,7 +56,7 @@ impl NetBack {
     /// The step that failed.
     pub fn open(options: &TapOptions) -> Result<Self, TapError> {
         let (file, name) = tap::attach(options)?;
-        Ok(Self { name, file: Arc::new(file), thread: None, dropped: AtomicU64::new(0) })
+        Ok(Self { name, file: Arc::new(file), thread: OnceLock::new(), dropped: AtomicU64::new(0) })
     }
 
     /// The interface's name.
@@ -69,8 +69,8 @@ impl NetBack {
     ///
     /// # Errors
     /// If the host has no thread to give.
-    pub fn start(&mut self, sink: FrameSink) -> Result<(), TapError> {
-        if self.thread.is_some() {
+    pub fn start(&self, sink: FrameSink) -> Result<(), TapError> {
+        if self.thread.get().is_some() {
             return Ok(());
         }
         let mut receiver = Receiver {
@@ -81,7 +81,8 @@ impl NetBack {
         receiver.discard_stale();
         let thread = PollThread::spawn("net", move |bell| receiver.run(bell, &sink))
             .map_err(|source| TapError::Thread { name: self.name.clone(), source })?;
-        self.thread = Some(thread);
+        // A second caller at the same moment loses: its thread ends at once.
+        let _ = self.thread.set(thread);
         Ok(())
     }
 

@@ -1,12 +1,11 @@
 //! The host half of an entropy source: a file, as a rule `/dev/urandom`.
 
-use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 
 use nix::poll::PollFlags;
 
@@ -42,11 +41,10 @@ pub enum RngBackError {
 #[derive(Debug)]
 pub struct RngBack {
     path: PathBuf,
-    /// Until started.
-    file: Option<File>,
-    /// Lengths asked for and not yet given.
-    wanted: Arc<Mutex<VecDeque<u32>>>,
-    thread: Option<PollThread>,
+    /// Until started: the file, and the lengths asked for and not yet given.
+    source: Mutex<Option<(File, mpsc::Receiver<u32>)>>,
+    wanted: mpsc::Sender<u32>,
+    thread: OnceLock<PollThread>,
 }
 
 impl RngBack {
@@ -58,31 +56,35 @@ impl RngBack {
         let path = path.to_path_buf();
         // A source that runs dry must not keep its thread from ending.
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
-        match opened {
-            Ok(file) => Ok(Self { path, file: Some(file), wanted: Arc::default(), thread: None }),
-            Err(source) => Err(RngBackError::Open { path, source }),
-        }
+        let file = match opened {
+            Ok(file) => file,
+            Err(source) => return Err(RngBackError::Open { path, source }),
+        };
+        let (wanted, asked) = mpsc::channel();
+        let source = Mutex::new(Some((file, asked)));
+        Ok(Self { path, source, wanted, thread: OnceLock::new() })
     }
 
     /// Starts the thread that reads. Once only; a second call does nothing.
     ///
     /// # Errors
     /// If the host has no thread to give.
-    pub fn start(&mut self, sink: EntropySink) -> Result<(), RngBackError> {
-        let Some(file) = self.file.take() else { return Ok(()) };
+    pub fn start(&self, sink: EntropySink) -> Result<(), RngBackError> {
+        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((file, asked)) = source else { return Ok(()) };
         let source = Source { path: self.path.clone(), file, sink };
-        let wanted = Arc::clone(&self.wanted);
-        let thread = PollThread::spawn("rng", move |bell| source.run(bell, &wanted))
+        let thread = PollThread::spawn("rng", move |bell| source.run(bell, &asked))
             .map_err(|source| RngBackError::Thread { path: self.path.clone(), source })?;
-        thread.ring();
-        self.thread = Some(thread);
+        // Rung when it can be reached: whoever asked before could not.
+        self.thread.get_or_init(|| thread).ring();
         Ok(())
     }
 
-    /// Asks for `len` bytes. Answered once the source is started.
+    /// Asks for `len` bytes. Answered once the source is started. Takes no lock.
     pub fn request(&self, len: u32) {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).push_back(len);
-        if let Some(thread) = &self.thread {
+        // Fails where the source has dried up for good, which was reported.
+        let _ = self.wanted.send(len);
+        if let Some(thread) = self.thread.get() {
             thread.ring();
         }
     }
@@ -101,9 +103,10 @@ struct Source {
 }
 
 impl Source {
-    fn run(mut self, bell: &Bell, wanted: &Mutex<VecDeque<u32>>) {
+    fn run(mut self, bell: &Bell, asked: &mpsc::Receiver<u32>) {
+        let mut next = None;
         while !bell.stopping() {
-            let next = wanted.lock().unwrap_or_else(PoisonError::into_inner).front().copied();
+            next = next.or_else(|| asked.try_recv().ok());
             let waited = match next {
                 None => bell.wait(&[]),
                 Some(_) => bell.wait(&[(self.file.as_fd(), PollFlags::POLLIN)]),
@@ -121,7 +124,7 @@ impl Source {
                 Ok(0) => return self.give_up(&io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
                     bytes.truncate(count);
-                    wanted.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                    next = None;
                     (self.sink)(bytes);
                 }
                 Err(e)
@@ -148,7 +151,7 @@ mod tests {
 
     #[test]
     fn requests_are_answered_in_order_with_their_lengths() {
-        let mut back = RngBack::open(Path::new("/dev/urandom")).unwrap();
+        let back = RngBack::open(Path::new("/dev/urandom")).unwrap();
         back.request(16);
         let (sender, receiver) = mpsc::channel();
         back.start(Box::new(move |bytes| sender.send(bytes).unwrap())).unwrap();
@@ -167,7 +170,7 @@ mod tests {
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         // Held open for writing, so that the source is dry, not at its end.
         let _writer = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let mut back = RngBack::open(&path).unwrap();
+        let back = RngBack::open(&path).unwrap();
         back.start(Box::new(|bytes| panic!("{bytes:?} from nowhere"))).unwrap();
         back.request(8);
         back.stop();
