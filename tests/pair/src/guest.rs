@@ -26,18 +26,31 @@ impl Guest {
     ///
     /// If `scripts/build-guest` fails.
     pub fn build() -> Result<Self> {
-        let root = root();
-        let output = Command::new(root.join("scripts/build-guest"))
-            .output()
-            .context("cannot run scripts/build-guest")?;
-        ensure!(
-            output.status.success(),
-            "scripts/build-guest failed: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let built = root.join("build/guest");
+        let built = build("scripts/build-guest")?;
         Ok(Self { kernel: built.join("vmlinuz"), initramfs: built.join("initramfs") })
     }
+
+    /// Builds the root file system with real programs and returns its image.
+    ///
+    /// # Errors
+    ///
+    /// If `scripts/build-rootfs` fails.
+    pub fn programs() -> Result<PathBuf> {
+        Ok(build("scripts/build-rootfs")?.join("rootfs.img"))
+    }
+}
+
+/// Runs one of the scripts that build; where they put things.
+fn build(script: &str) -> Result<PathBuf> {
+    let root = root();
+    let output =
+        Command::new(root.join(script)).output().with_context(|| format!("cannot run {script}"))?;
+    ensure!(
+        output.status.success(),
+        "{script} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(root.join("build/guest"))
 }
 
 /// The kernel command line that boots the guest; `extra` selects a mode, see `tests/guest/root/init`.

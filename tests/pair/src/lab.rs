@@ -26,6 +26,8 @@ pub struct Lab {
     pub disk: Disk,
     /// The guest.
     pub guest: Guest,
+    /// Image of the root file system with real programs, if the guest is to have it.
+    programs: Option<PathBuf>,
     directory: tempfile::TempDir,
     started: Cell<u32>,
     _turn: MutexGuard<'static, ()>,
@@ -47,7 +49,17 @@ impl Lab {
         std::fs::create_dir_all(shared.join("claims"))?;
         let disk = Disk::create(shared.join("disk.raw"), DISK_BYTES)?;
         let (network, started) = (Network::new()?, Cell::new(0));
-        Ok(Self { network, disk, guest, directory, started, _turn: turn })
+        Ok(Self { network, disk, guest, programs: None, directory, started, _turn: turn })
+    }
+
+    /// As [`Self::new`]; the guest goes on in the root file system with real programs.
+    ///
+    /// # Errors
+    ///
+    /// If any of it fails.
+    pub fn with_programs() -> Result<Self> {
+        let programs = Some(Guest::programs()?);
+        Ok(Self { programs, ..Self::new()? })
     }
 
     /// Where sockets, logs and the shared directory are. It is removed with the lab.
@@ -66,13 +78,17 @@ impl Lab {
     #[must_use]
     pub fn boot_options(&self, mode: &str) -> Vec<String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        [
+        let root = if self.programs.is_some() { "dyad.root=/dev/vdb" } else { "" };
+        let programs = self
+            .programs
+            .iter()
+            .map(|image| format!("path={},image_type=raw,readonly=on", text(image)));
+        let mut options: Vec<String> = [
             ("--kernel", text(&self.guest.kernel)),
             ("--initramfs", text(&self.guest.initramfs)),
-            ("--cmdline", command_line(mode)),
+            ("--cmdline", command_line(&format!("{root} {mode}"))),
             ("--cpus", "boot=1".to_owned()),
             ("--memory", "size=256M".to_owned()),
-            ("--disk", format!("path={},image_type=raw", self.disk.path().display())),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", "tty".to_owned()),
             ("--console", "off".to_owned()),
@@ -80,7 +96,11 @@ impl Lab {
         ]
         .into_iter()
         .flat_map(|(option, value)| [option.to_owned(), value])
-        .collect()
+        .collect();
+        options.push("--disk".to_owned());
+        options.push(format!("path={},image_type=raw", text(self.disk.path())));
+        options.extend(programs);
+        options
     }
 
     /// Starts a `dyad` on one host; without options it waits for a VM.

@@ -55,7 +55,16 @@ impl Pair {
     ///
     /// With what the console shows, if it does not get there in [`BOOT`].
     pub fn boot(lab: Lab) -> Result<Self> {
-        let primary = lab.start(Side::A, &lab.boot_options(""))?;
+        Self::boot_with(lab, "")
+    }
+
+    /// As [`Self::boot`], with `mode` on the kernel command line; see `tests/guest/root/init`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::boot`].
+    pub fn boot_with(lab: Lab, mode: &str) -> Result<Self> {
+        let primary = lab.start(Side::A, &lab.boot_options(mode))?;
         let mut pair = Self { lab, primary, backup: None, side: Side::A };
         pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
         Ok(pair)
