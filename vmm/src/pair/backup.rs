@@ -4,26 +4,24 @@
 //! has that thread go live when the state machine says so. The VM itself is built and owned by a
 //! [`BackupHost`].
 
-use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
-use ft::backup::{Action, IllegalInput, Input};
+use ft::backup::{Action, Input};
 use ft::message::{CloneStart, PAGE_BYTES};
 use ft::{
-    Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Message,
-    Terms, Unequal,
+    Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Terms,
+    Unequal,
 };
 use hypervisor::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Link;
+use super::boot_time;
 use super::clone::CloneState;
-use super::{Promptness, STALE, StatusCell, boot_time, run_first, wait};
+use super::side::{Core, Handle, Side};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
@@ -55,36 +53,20 @@ pub trait BackupHost: Send {
     fn discarded(&mut self, reason: &str);
 }
 
-/// Inputs from other threads.
-pub(super) enum Inward {
-    Operator(Input, Sender<Result<(), String>>),
-    Arbiter(Generation, Result<ft::Claim, String>),
-    /// From the vCPU thread.
-    Guest(Input),
-}
-
 /// The way to a backup's ft thread.
 #[derive(Clone)]
-pub struct BackupControl {
-    inward: Sender<Inward>,
-    waker: Arc<EventFd>,
-    status: StatusCell,
-}
+pub struct BackupControl(Handle<Backup>);
 
 impl BackupControl {
     /// Asks for a take-over, or for the copy to be discarded. Returns when it is under way.
     pub fn command(&self, input: Input) -> Result<(), String> {
-        let (reply, answer) = crossbeam_channel::bounded(1);
-        let gone = || "this VMM is no backup any more".to_owned();
-        self.inward.send(Inward::Operator(input, reply)).map_err(|_| gone())?;
-        let _ = self.waker.write(1);
-        answer.recv().map_err(|_| gone())?
+        self.0.ask(input)
     }
 
     /// What the operator is shown.
     #[must_use]
     pub fn status(&self) -> FtStatus {
-        self.status.get()
+        self.0.status()
     }
 }
 
@@ -101,7 +83,7 @@ struct ProgressReporter {
     /// The latest published, and the latest the ft thread was woken for.
     executed: LogPosition,
     told: LogPosition,
-    inward: Sender<Inward>,
+    side: Handle<Backup>,
     waker: Arc<EventFd>,
 }
 
@@ -126,39 +108,24 @@ impl ReplayObserver for ProgressReporter {
             None => {
                 self.progress.digests.fetch_add(1, Ordering::Relaxed);
             }
-            Some(unequal) => self.tell(Input::Unequal { point, unequal }),
+            Some(unequal) => self.side.tell(Input::Unequal { point, unequal }),
         }
     }
 
     fn diverged(&mut self, reason: String) {
-        self.tell(Input::Failed { reason });
-    }
-}
-
-impl ProgressReporter {
-    fn tell(&self, input: Input) {
-        let _ = self.inward.send(Inward::Guest(input));
-        let _ = self.waker.write(1);
+        self.side.tell(Input::Failed { reason });
     }
 }
 
 /// State of the ft thread.
 pub(super) struct BackupSide {
-    machine: Backup,
-    actions: VecDeque<Action>,
-    link: Link,
-    /// When the channel was looked at last.
-    last_read: Duration,
+    core: Core<Backup>,
     host: Box<dyn BackupHost>,
     memory: Option<GuestMemory>,
     payload: Vec<u8>,
     inbox: Option<InboxSender<run_loop::Message>>,
     arbiter: Option<Arc<dyn Arbiter>>,
     progress: Arc<Progress>,
-    inward: Receiver<Inward>,
-    inward_sender: Sender<Inward>,
-    waker: Arc<EventFd>,
-    status: StatusCell,
 }
 
 impl BackupSide {
@@ -167,151 +134,63 @@ impl BackupSide {
         config: BackupConfig,
         host: Box<dyn BackupHost>,
     ) -> std::io::Result<(Self, BackupControl)> {
-        let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
-        let (inward_sender, inward) = crossbeam_channel::unbounded();
-        let status = StatusCell::default();
-        let control = BackupControl {
-            inward: inward_sender.clone(),
-            waker: Arc::clone(&waker),
-            status: status.clone(),
-        };
+        let core = Core::new(Backup::new(boot_time(), config), stream, Vec::new())?;
+        let control = BackupControl(core.handle.clone());
         let side = Self {
-            machine: Backup::new(boot_time(), config),
-            actions: VecDeque::new(),
-            link: Link::new(stream)?,
-            last_read: boot_time(),
+            core,
             host,
             memory: None,
             payload: Vec::new(),
             inbox: None,
             arbiter: None,
             progress: Arc::default(),
-            inward,
-            inward_sender,
-            waker,
-            status,
         };
         Ok((side, control))
     }
 
     /// Runs until this side is live or discarded and everything it had to say is said. True if a VM went
     /// live; false if this process can receive another.
-    pub(super) fn run(mut self) -> bool {
-        run_first();
-        let mut promptness = Promptness::new("backup");
-        let mut linger = None;
-        loop {
-            self.update_status();
-            if self.machine.ended() {
-                // The peer may never read our last words.
-                let until = *linger.get_or_insert_with(|| boot_time() + Duration::from_secs(1));
-                if !self.link.is_open() || boot_time() >= until {
-                    return self.machine.state_name() == "live";
-                }
-            }
-            let second = boot_time() + Duration::from_secs(1);
-            let deadline = self.machine.next_deadline().unwrap_or(second);
-            promptness.sleeps();
-            let ready = wait(self.link.channel(), &self.waker, deadline);
-            promptness.wakes(deadline);
-            if ready.readable {
-                self.read();
-            }
-            self.take_inward();
-            self.take_progress();
-            self.write();
-            self.catch_up();
-            self.step(Input::Tick);
+    pub(super) fn serve(mut self) -> bool {
+        self.run();
+        self.core.machine.state_name() == "live"
+    }
+}
+
+impl Side for BackupSide {
+    type Machine = Backup;
+
+    fn core(&mut self) -> &mut Core<Backup> {
+        &mut self.core
+    }
+
+    fn act(&mut self, action: Action) {
+        if let Err(reason) = self.carry_out(action) {
+            self.step(Input::Failed { reason });
         }
     }
 
-    /// Before an input that is not the peer's: this thread may have been kept waiting, by the host or in a
-    /// system call, and what the peer has said meanwhile comes first. Else a delay of our own would look
-    /// like silence of the peer's. Never while a message is being acted upon: the next would overtake it.
-    fn catch_up(&mut self) {
-        if boot_time() > self.last_read + STALE {
-            self.read();
-        }
-    }
-
-    fn step(&mut self, input: Input) {
-        if let Err(error) = self.try_step(input) {
-            // A bug of this file; the machine has not changed.
-            log::error!("ft: {error}");
-        }
-    }
-
-    fn try_step(&mut self, input: Input) -> Result<(), IllegalInput> {
-        let mut actions = Vec::new();
-        let result = self.machine.step(boot_time(), input, &mut actions);
-        self.actions.extend(actions);
-        self.perform();
-        result
-    }
-
-    fn lost(&mut self, reason: Option<String>) {
-        if let Some(reason) = reason {
-            self.step(Input::ConnectionLost { reason });
-        }
-    }
-
-    fn read(&mut self) {
-        self.last_read = boot_time();
-        let heard = self.link.read();
-        for message in heard.messages {
-            self.step(Input::Message(message));
-        }
-        self.lost(heard.lost);
-    }
-
-    fn write(&mut self) {
-        let lost = self.link.flush();
-        self.lost(lost);
-    }
-
-    fn send(&mut self, message: &Message) {
-        let lost = self.link.send(message);
-        self.lost(lost);
-    }
-
-    fn take_inward(&mut self) {
-        while let Ok(inward) = self.inward.try_recv() {
-            self.catch_up();
-            match inward {
-                Inward::Arbiter(generation, answer) => {
-                    self.step(Input::ArbiterAnswered { generation, answer });
-                }
-                Inward::Guest(input) => self.step(input),
-                Inward::Operator(input, reply) => {
-                    let result = self.try_step(input);
-                    let _ = reply.send(result.map_err(|error| error.to_string()));
-                }
-            }
-        }
-    }
-
-    fn take_progress(&mut self) {
+    fn take(&mut self) {
         let (position, point) =
             *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
-        if position > LogPosition(0) && !self.machine.ended() {
+        if position > LogPosition(0) && !self.core.machine.ended() {
             self.catch_up();
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
             self.step(Input::Executed { point, position, digests_compared });
         }
     }
 
-    fn perform(&mut self) {
-        while let Some(action) = self.actions.pop_front() {
-            if let Err(reason) = self.act(action) {
-                self.step(Input::Failed { reason });
-            }
-        }
+    fn update_status(&mut self) {
+        let now = boot_time();
+        let machine = &self.core.machine;
+        self.core.status.update(now, machine.state_name(), |status| machine.status(status));
     }
+}
 
-    fn act(&mut self, action: Action) -> Result<(), String> {
+impl BackupSide {
+    fn carry_out(&mut self, action: Action) -> Result<(), String> {
         match action {
             Action::Send(message) => self.send(&message),
-            Action::HangUp => self.link.hang_up(),
+            Action::HangUp => self.core.link.hang_up(),
             Action::Prepare(start) => match self.prepare(&start) {
                 Ok(()) => self.step(Input::Accept),
                 Err(reason) => self.step(Input::Refuse { reason }),
@@ -334,7 +213,11 @@ impl BackupSide {
                 }
             }
             Action::Protected => self.host.protected(),
-            Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
+            Action::Claim { pair, generation, who } => {
+                if let Some(arbiter) = &self.arbiter {
+                    self.core.claim(arbiter, pair, generation, who);
+                }
+            }
             Action::GoLive { generation, .. } => self.go_live(generation)?,
             Action::Discard { reason } => {
                 if let Some(inbox) = &self.inbox {
@@ -384,25 +267,16 @@ impl BackupSide {
             progress: Arc::clone(&self.progress),
             executed: LogPosition(0),
             told: LogPosition(0),
-            inward: self.inward_sender.clone(),
-            waker: Arc::clone(&self.waker),
+            side: self.core.handle.clone(),
+            waker: self.core.handle.waker(),
         };
         let replay = Replay::new(point, Box::new(reporter));
         self.inbox = Some(self.host.load(payload, state, replay)?);
         Ok(())
     }
 
-    fn claim(&self, pair: ft::PairId, generation: Generation, who: String) {
-        let Some(arbiter) = &self.arbiter else { return };
-        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
-        super::claim(Arc::clone(arbiter), pair, generation, who, move |answer| {
-            let _ = sender.send(Inward::Arbiter(generation, answer));
-            let _ = waker.write(1);
-        });
-    }
-
     fn go_live(&mut self, generation: Generation) -> Result<(), String> {
-        let (Some(inbox), Some(terms)) = (&self.inbox, self.machine.terms().cloned()) else {
+        let (Some(inbox), Some(terms)) = (&self.inbox, self.core.machine.terms().cloned()) else {
             return Err("there is no VM to go live".into());
         };
         let outlet = self.host.outlet().ok_or("the VM is gone")?;
@@ -410,14 +284,8 @@ impl BackupSide {
             .map_err(|error| error.to_string())?;
         log::info!("live in generation {} at point {}", generation.0, point.0);
         let mut status = FtStatus::default();
-        self.machine.status(&mut status);
+        self.core.machine.status(&mut status);
         self.host.live(&terms, status, generation);
         Ok(())
-    }
-
-    fn update_status(&mut self) {
-        let now = boot_time();
-        let machine = &self.machine;
-        self.status.update(now, machine.state_name(), |status| machine.status(status));
     }
 }

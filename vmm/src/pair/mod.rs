@@ -19,6 +19,7 @@ mod channel;
 pub mod clone;
 pub mod primary;
 pub mod receive;
+mod side;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,9 +37,6 @@ use channel::Channel;
 const STATUS_PERIOD: Duration = Duration::from_millis(20);
 /// The log rate shown is the mean over this time.
 const RATE_PERIOD: Duration = Duration::from_secs(1);
-
-/// A look at the channel older than this says nothing about the peer.
-const STALE: Duration = Duration::from_millis(5);
 
 /// The processor and machine that this version gives to a guest. Two hosts with different values cannot
 /// be a pair: a change to what a guest can observe of the machine changes this name.

@@ -4,7 +4,6 @@
 //! thread hands it log bytes and outputs; nothing here ever waits for the vCPU thread except at the end of
 //! protection, when the last outputs must not be overtaken.
 
-use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,18 +11,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use ft::primary::{Action, IllegalInput, Input};
+use ft::primary::{Action, Input};
 use ft::status::{CloneStatus, Failover, FtStatus};
 use ft::{
-    Arbiter, ExecutionPoint, Generation, LogPosition, Message, OutputGate, Primary, PrimaryConfig,
-    Unequal,
+    Arbiter, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig, Unequal,
 };
 use hypervisor::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Link;
+use super::boot_time;
 use super::clone::{CloneProgress, CloneSender, CloneStep};
-use super::{Promptness, STALE, StatusCell, boot_time, run_first, wait};
+use super::side::{Core, Handle, Side};
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
@@ -71,19 +68,9 @@ pub struct PrimaryParts {
 
 /// A primary's ft thread.
 pub struct PrimaryThread {
-    operator: Sender<Inward>,
-    waker: Arc<EventFd>,
-    status: StatusCell,
+    handle: Handle<Primary>,
     /// Closed when the thread has ended.
     done: Receiver<()>,
-}
-
-/// Inputs from threads other than the vCPU's and the clone's.
-enum Inward {
-    Operator(Input, Sender<Result<(), String>>),
-    /// No output is under way any more.
-    Quiesced,
-    Arbiter(Generation, Result<ft::Claim, String>),
 }
 
 impl PrimaryThread {
@@ -91,20 +78,13 @@ impl PrimaryThread {
     /// background. An error is for the operator.
     pub fn start(parts: PrimaryParts) -> Result<Self, String> {
         let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
-        let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK).map_err(fail)?);
-        let link = Link::new(parts.stream).map_err(fail)?;
-        let (operator, inward) = crossbeam_channel::unbounded();
         let (started, accepted) = crossbeam_channel::bounded(1);
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
-        let status = StatusCell::default();
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
-        let side = PrimarySide {
-            machine,
-            actions: actions.into(),
-            link,
-            last_read: boot_time(),
+        let mut side = PrimarySide {
+            core: Core::new(machine, parts.stream, actions).map_err(fail)?,
             gate: OutputGate::new(),
             arbiter: parts.arbiter,
             inbox: parts.inbox,
@@ -116,8 +96,6 @@ impl PrimaryThread {
             log_full: false,
             max_held_bytes,
             stalled: false,
-            inward,
-            inward_sender: operator.clone(),
             flush_sender: Some(flush_sender),
             flushes,
             clone: None,
@@ -125,10 +103,9 @@ impl PrimaryThread {
             clone_sent: false,
             progress: Arc::default(),
             lease: None,
-            waker: Arc::clone(&waker),
             started: Some(started),
-            status: status.clone(),
         };
+        let handle = side.core.handle.clone();
         let (running, done) = crossbeam_channel::bounded(0);
         std::thread::Builder::new()
             .name("ft-primary".into())
@@ -137,9 +114,8 @@ impl PrimaryThread {
                 drop(running);
             })
             .map_err(fail)?;
-        let this = Self { operator, waker, status, done };
         match accepted.recv() {
-            Ok(Ok(())) => Ok(this),
+            Ok(Ok(())) => Ok(Self { handle, done }),
             Ok(Err(reason)) => Err(reason),
             Err(_) => Err("the ft thread ended unexpectedly".into()),
         }
@@ -147,17 +123,13 @@ impl PrimaryThread {
 
     /// Asks for a hand-over, or for the end of protection. Returns when it is under way.
     pub fn command(&self, input: Input) -> Result<(), String> {
-        let (reply, answer) = crossbeam_channel::bounded(1);
-        let gone = || "protection has ended already".to_owned();
-        self.operator.send(Inward::Operator(input, reply)).map_err(|_| gone())?;
-        let _ = self.waker.write(1);
-        answer.recv().map_err(|_| gone())?
+        self.handle.ask(input)
     }
 
     /// What the operator is shown.
     #[must_use]
     pub fn status(&self) -> FtStatus {
-        self.status.get()
+        self.handle.status()
     }
 
     /// Waits for the thread to end by itself: after `Disable`, `HandOver` or a failure. False if it has not
@@ -182,11 +154,7 @@ struct CloneThread {
 
 /// State of the ft thread.
 struct PrimarySide {
-    machine: Primary,
-    actions: VecDeque<Action>,
-    link: Link,
-    /// When the channel was looked at last.
-    last_read: Duration,
+    core: Core<Primary>,
     gate: OutputGate<Outgoing>,
     arbiter: Arc<dyn Arbiter>,
     inbox: InboxSender<run_loop::Message>,
@@ -201,8 +169,6 @@ struct PrimarySide {
     max_held_bytes: u64,
     /// What the vCPU thread was told.
     stalled: bool,
-    inward: Receiver<Inward>,
-    inward_sender: Sender<Inward>,
     /// Kept until the recorder is made: once the recorder is dropped, `flushes` closes.
     flush_sender: Option<Sender<FromVcpu>>,
     flushes: Receiver<FromVcpu>,
@@ -213,175 +179,20 @@ struct PrimarySide {
     progress: Arc<CloneProgress>,
     /// Until when disk requests may begin, as the back halves know it.
     lease: Option<Duration>,
-    waker: Arc<EventFd>,
     started: Option<Sender<Result<(), String>>>,
-    status: StatusCell,
 }
 
-impl PrimarySide {
-    fn run(mut self) {
-        run_first();
-        let mut promptness = Promptness::new("primary");
-        loop {
-            self.perform();
-            self.update_status();
-            if self.machine.ended() && !self.link.is_open() {
-                return;
-            }
-            let deadline =
-                self.machine.next_deadline().unwrap_or(boot_time() + Duration::from_secs(1));
-            promptness.sleeps();
-            let ready = wait(self.link.channel(), &self.waker, deadline);
-            promptness.wakes(deadline);
-            if ready.readable {
-                self.read();
-            }
-            self.take_clone_steps();
-            self.take_flushes();
-            self.take_inward();
-            self.write();
-            self.catch_up();
-            self.step(Input::Tick);
-        }
-    }
+impl Side for PrimarySide {
+    type Machine = Primary;
 
-    /// Before an input that is not the peer's: this thread may have been kept waiting, by the host or in a
-    /// system call, and what the peer has said meanwhile comes first. Else a delay of our own would look
-    /// like silence of the peer's. Never while a message is being acted upon: the next would overtake it.
-    fn catch_up(&mut self) {
-        if boot_time() > self.last_read + STALE {
-            self.read();
-        }
-    }
-
-    fn step(&mut self, input: Input) {
-        if let Err(error) = self.try_step(input) {
-            // A bug of this file; the machine has not changed.
-            log::error!("ft: {error}");
-        }
-    }
-
-    fn try_step(&mut self, input: Input) -> Result<(), IllegalInput> {
-        let mut actions = Vec::new();
-        let result = self.machine.step(boot_time(), input, &mut actions);
-        self.actions.extend(actions);
-        self.renew_lease();
-        self.perform();
-        result
-    }
-
-    /// Outputs that have been released but not yet performed are the back halves' to stop.
-    fn renew_lease(&mut self) {
-        let until = self.machine.lease_until();
-        let lease = (until < Duration::MAX).then_some(until);
-        if lease != self.lease {
-            self.lease = lease;
-            self.outlet.set_lease(lease);
-        }
-    }
-
-    fn lost(&mut self, reason: Option<String>) {
-        if let Some(reason) = reason {
-            self.step(Input::ConnectionLost { reason });
-        }
-    }
-
-    fn read(&mut self) {
-        self.last_read = boot_time();
-        let heard = self.link.read();
-        for message in heard.messages {
-            self.step(Input::Message(message));
-        }
-        self.lost(heard.lost);
-    }
-
-    fn write(&mut self) {
-        let lost = self.link.flush();
-        self.lost(lost);
-    }
-
-    fn send(&mut self, message: &Message) {
-        let lost = self.link.send(message);
-        self.lost(lost);
-    }
-
-    fn take_clone_steps(&mut self) {
-        while self.link.queued().is_some_and(|bytes| bytes < CLONE_QUEUE_BYTES) {
-            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok())
-            else {
-                return;
-            };
-            self.catch_up();
-            match step {
-                CloneStep::Message(message) => self.send(&message),
-                CloneStep::Sent => {
-                    self.clone_sent = true;
-                    self.step(Input::CloneSent);
-                }
-                CloneStep::Failed(reason) => self.step(Input::CloneFailed { reason }),
-            }
-        }
-    }
-
-    fn take_flushes(&mut self) {
-        while self.clone_sent && !self.machine.ended() {
-            let Ok(message) = self.flushes.try_recv() else { return };
-            self.catch_up();
-            match message {
-                FromVcpu::Flush(flush) => {
-                    let now = boot_time();
-                    for held in flush.outputs {
-                        let size = held.outgoing.size();
-                        self.gate.hold(now, held.number, held.position, size, held.outgoing);
-                    }
-                    let (end, point, bytes) = (flush.end, flush.point, flush.bytes);
-                    self.step(Input::Log { end, point, bytes });
-                }
-                FromVcpu::HandedOver { end } => self.step(Input::HandOverLogged { end }),
-            }
-        }
-    }
-
-    fn take_inward(&mut self) {
-        while let Ok(inward) = self.inward.try_recv() {
-            self.catch_up();
-            match inward {
-                Inward::Arbiter(generation, answer) => {
-                    self.step(Input::ArbiterAnswered { generation, answer });
-                }
-                Inward::Quiesced => self.step(Input::Quiesced),
-                Inward::Operator(input, reply) => {
-                    let result = self.try_step(input);
-                    let _ = reply.send(result.map_err(|error| error.to_string()));
-                }
-            }
-        }
-    }
-
-    fn perform(&mut self) {
-        while let Some(action) = self.actions.pop_front() {
-            self.act(action);
-        }
-        self.stall();
-    }
-
-    /// The guest waits while the log buffers are full, and also while it has made more outputs than may be
-    /// held: nobody bounds those if the backup is silent and the arbiter too.
-    fn stall(&mut self) {
-        let full = self.log_full || self.gate.held_bytes() as u64 > self.max_held_bytes;
-        if full != self.stalled {
-            self.stalled = full;
-            self.feedback.set_stalled(full);
-            if !full {
-                self.inbox.send(run_loop::Message::Wake);
-            }
-        }
+    fn core(&mut self) -> &mut Core<Primary> {
+        &mut self.core
     }
 
     fn act(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.send(&message),
-            Action::HangUp => self.link.hang_up(),
+            Action::HangUp => self.core.link.hang_up(),
             Action::StartClone => self.start_clone(),
             Action::Protected => self.observer.protected(),
             Action::Release { through } => {
@@ -393,7 +204,9 @@ impl PrimarySide {
                     self.feedback.release(number);
                 }
             }
-            Action::Claim { pair, generation, who } => self.claim(pair, generation, who),
+            Action::Claim { pair, generation, who } => {
+                self.core.claim(&self.arbiter, pair, generation, who);
+            }
             Action::Abandoned { reason } => {
                 self.stop_recording();
                 self.answer_start(Err(reason.clone()));
@@ -423,6 +236,102 @@ impl PrimarySide {
         }
     }
 
+    fn take(&mut self) {
+        self.take_clone_steps();
+        self.take_flushes();
+    }
+
+    fn stepped(&mut self) {
+        self.renew_lease();
+    }
+
+    fn performed(&mut self) {
+        self.stall();
+    }
+
+    fn update_status(&mut self) {
+        let now = boot_time();
+        let (machine, gate, progress) = (&self.core.machine, &self.gate, &self.progress);
+        let stalled = self.stalled;
+        let total_bytes = vm_memory_bytes(&self.memory);
+        self.core.status.update(now, machine.state_name(), |status| {
+            machine.status(now, status);
+            status.held_outputs = gate.held() as u64;
+            status.stalled = stalled;
+            status.held_output_bytes = gate.held_bytes() as u64;
+            status.output_delay = gate.delays();
+            let pause_us = progress.pause_us.load(Ordering::Relaxed);
+            status.clone = Some(CloneStatus {
+                total_bytes,
+                sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
+                rounds: progress.rounds.load(Ordering::Relaxed),
+                pause_us: (pause_us > 0).then_some(pause_us),
+            });
+        });
+    }
+}
+
+impl PrimarySide {
+    /// Outputs that have been released but not yet performed are the back halves' to stop.
+    fn renew_lease(&mut self) {
+        let until = self.core.machine.lease_until();
+        let lease = (until < Duration::MAX).then_some(until);
+        if lease != self.lease {
+            self.lease = lease;
+            self.outlet.set_lease(lease);
+        }
+    }
+
+    fn take_clone_steps(&mut self) {
+        while self.core.link.queued().is_some_and(|bytes| bytes < CLONE_QUEUE_BYTES) {
+            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok())
+            else {
+                return;
+            };
+            self.catch_up();
+            match step {
+                CloneStep::Message(message) => self.send(&message),
+                CloneStep::Sent => {
+                    self.clone_sent = true;
+                    self.step(Input::CloneSent);
+                }
+                CloneStep::Failed(reason) => self.step(Input::CloneFailed { reason }),
+            }
+        }
+    }
+
+    fn take_flushes(&mut self) {
+        while self.clone_sent && !self.core.machine.ended() {
+            let Ok(message) = self.flushes.try_recv() else { return };
+            self.catch_up();
+            match message {
+                FromVcpu::Flush(flush) => {
+                    let now = boot_time();
+                    for held in flush.outputs {
+                        let size = held.outgoing.size();
+                        self.gate.hold(now, held.number, held.position, size, held.outgoing);
+                    }
+                    let (end, point, bytes) = (flush.end, flush.point, flush.bytes);
+                    self.step(Input::Log { end, point, bytes });
+                }
+                FromVcpu::HandedOver { end } => self.step(Input::HandOverLogged { end }),
+            }
+        }
+    }
+
+    /// The guest waits while the log buffers are full, and also while it has made more outputs than may be
+    /// held: nobody bounds those if the backup is silent and the arbiter too.
+    fn stall(&mut self) {
+        let full = self.log_full || self.gate.held_bytes() as u64 > self.max_held_bytes;
+        if full != self.stalled {
+            self.stalled = full;
+            self.feedback.set_stalled(full);
+            if !full {
+                self.inbox.send(run_loop::Message::Wake);
+            }
+        }
+    }
+
     fn answer_start(&mut self, result: Result<(), String>) {
         if let Some(started) = self.started.take() {
             let _ = started.send(result);
@@ -439,11 +348,11 @@ impl PrimarySide {
             memory: self.memory.clone(),
             payload: Arc::clone(&self.payload),
             steps: steps_sender,
-            waker: Arc::clone(&self.waker),
+            waker: self.core.handle.waker(),
             progress: Arc::clone(&self.progress),
             cancelled: Arc::clone(&cancelled),
         };
-        let (waker, feedback) = (Arc::clone(&self.waker), Arc::clone(&self.feedback));
+        let (waker, feedback) = (self.core.handle.waker(), Arc::clone(&self.feedback));
         let recorder = move |point| Recorder::new(point, flush_sender, waker, feedback);
         let thread = std::thread::Builder::new().name("clone".into());
         match thread.spawn(move || clone.run(recorder)) {
@@ -454,23 +363,13 @@ impl PrimarySide {
         }
     }
 
-    fn claim(&self, pair: ft::PairId, generation: Generation, who: String) {
-        let arbiter = Arc::clone(&self.arbiter);
-        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
-        super::claim(arbiter, pair, generation, who, move |answer| {
-            let _ = sender.send(Inward::Arbiter(generation, answer));
-            let _ = waker.write(1);
-        });
-    }
-
     /// Frames and console bytes leave in the call that releases them; only disk requests take time.
     fn quiesce(&mut self) {
         let outlet = Arc::clone(&self.outlet);
-        let (sender, waker) = (self.inward_sender.clone(), Arc::clone(&self.waker));
+        let handle = self.core.handle.clone();
         let close = move || {
             outlet.close_disks();
-            let _ = sender.send(Inward::Quiesced);
-            let _ = waker.write(1);
+            handle.tell(Input::Quiesced);
         };
         match std::thread::Builder::new().name("quiesce".into()).spawn(close) {
             Ok(handle) => self.quiescing = Some(handle),
@@ -508,27 +407,6 @@ impl PrimarySide {
             }
         }
         drop(draining);
-    }
-
-    fn update_status(&mut self) {
-        let now = boot_time();
-        let (machine, gate, progress) = (&self.machine, &self.gate, &self.progress);
-        let stalled = self.stalled;
-        let total_bytes = vm_memory_bytes(&self.memory);
-        self.status.update(now, machine.state_name(), |status| {
-            machine.status(now, status);
-            status.held_outputs = gate.held() as u64;
-            status.stalled = stalled;
-            status.held_output_bytes = gate.held_bytes() as u64;
-            status.output_delay = gate.delays();
-            let pause_us = progress.pause_us.load(Ordering::Relaxed);
-            status.clone = Some(CloneStatus {
-                total_bytes,
-                sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
-                rounds: progress.rounds.load(Ordering::Relaxed),
-                pause_us: (pause_us > 0).then_some(pause_us),
-            });
-        });
     }
 }
 

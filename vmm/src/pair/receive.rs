@@ -102,7 +102,7 @@ impl Serving {
             match BackupSide::new(stream, self.config.clone(), host) {
                 Ok((side, control)) => {
                     self.set_current(Some(control));
-                    let live = side.run();
+                    let live = side.serve();
                     self.set_current(None);
                     if live {
                         return;
