@@ -6,8 +6,9 @@
 //! | `Created` | configured, not booted; also after `vm.shutdown` |
 //! | `Running`, `Paused` | booted |
 
-use super::control::{Control, ControlError, VmState};
+use super::control::{Control, ControlError, Counters, VmState};
 use super::http::Response;
+use super::metrics;
 use super::route::Call;
 use super::types::VmmPing;
 
@@ -70,6 +71,7 @@ fn requirement(call: &Call) -> (&'static str, Needs, u16) {
     match call {
         Call::Ping => ("vmm.ping", Needs::Nothing, 500),
         Call::VmmShutdown => ("vmm.shutdown", Needs::Nothing, 500),
+        Call::Metrics => ("metrics", Needs::Nothing, 500),
         Call::Create(_) => ("vm.create", Needs::NoVm, 500),
         Call::Delete => ("vm.delete", Needs::Nothing, 500),
         Call::Boot => ("vm.boot", Needs::Created, 404),
@@ -129,6 +131,7 @@ pub fn dispatch(call: Call, control: &mut dyn Control) -> (Response, Next) {
         }
         Call::Info => json_or_refusal(control.info()),
         Call::Counters => json_or_refusal(control.counters()),
+        Call::Metrics => metrics(state, control),
         Call::FtStatus => json_or_refusal(control.ft_status()),
         Call::Create(config) => done(control.create(*config)),
         Call::Delete => done(control.delete()),
@@ -149,6 +152,20 @@ pub fn dispatch(call: Call, control: &mut dyn Control) -> (Response, Next) {
         }
     };
     (response, Next::Serve)
+}
+
+/// What monitoring collects; without a VM there is less of it.
+fn metrics(state: Option<VmState>, control: &dyn Control) -> Response {
+    let counters = match state {
+        Some(state) if state.is_booted() => control.counters(),
+        _ => Ok(Counters::new()),
+    };
+    match control.ft_status().and_then(|status| Ok((status, counters?))) {
+        Ok((status, counters)) => {
+            Response::text(metrics::CONTENT_TYPE, metrics::text(state, &status, &counters))
+        }
+        Err(error) => refusal(&error),
+    }
 }
 
 /// Who answers `vmm.ping`.

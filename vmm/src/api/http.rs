@@ -275,25 +275,31 @@ fn absolute_path(target: &str) -> &str {
 pub struct Response {
     /// HTTP status.
     pub status: u16,
-    /// JSON; `Some` of an empty text for an answer with `Content-Length: 0`, `None` for one without.
+    /// `Some` of an empty text for an answer with `Content-Length: 0`, `None` for one without.
     pub body: Option<String>,
+    /// What the body is.
+    content_type: &'static str,
 }
+
+const JSON: &str = "application/json";
 
 impl Response {
     /// Done, nothing to say.
     pub fn no_content() -> Self {
-        Self { status: 204, body: None }
+        Self { status: 204, body: None, content_type: JSON }
     }
 
     /// A status with an empty body of stated length.
     pub fn empty(status: u16) -> Self {
-        Self { status, body: Some(String::new()) }
+        Self { status, body: Some(String::new()), content_type: JSON }
     }
 
     /// 200 with a body.
     pub fn json(value: &impl Serialize) -> Self {
         match serde_json::to_string(value) {
-            Ok(json) => Self { status: 200, body: Some(ascii(&json)) },
+            Ok(json) => {
+                Self { status: 200, body: Some(ascii(&json)), content_type: JSON }
+            }
             // Paths may be anything but UTF-8 only if they did not come through this API.
             Err(error) => {
                 Self::error(500, ["The answer cannot be written as JSON", &error.to_string()])
@@ -301,22 +307,27 @@ impl Response {
         }
     }
 
+    /// 200 with a body that is no JSON.
+    pub fn text(content_type: &'static str, body: String) -> Self {
+        Self { status: 200, body: Some(body), content_type }
+    }
+
     /// An error: texts from the outermost description to the root cause.
     pub fn error<T: AsRef<str>>(status: u16, chain: impl IntoIterator<Item = T>) -> Self {
         let chain: Vec<serde_json::Value> =
             chain.into_iter().map(|text| text.as_ref().into()).collect();
         let json = serde_json::Value::Array(chain).to_string();
-        Self { status, body: Some(ascii(&json)) }
+        Self { status, body: Some(ascii(&json)), content_type: JSON }
     }
 
     /// Appends the answer, as it goes over the wire, to `out`.
     pub fn write(&self, out: &mut Vec<u8>) {
-        let Self { status, body } = self;
+        let Self { status, body, content_type } = self;
         let mut head =
             format!("HTTP/1.1 {status} \r\nServer: {SERVER}\r\nConnection: keep-alive\r\n");
         if let Some(body) = body {
             let length = body.len();
-            head += &format!("Content-Type: application/json\r\nContent-Length: {length}\r\n");
+            head += &format!("Content-Type: {content_type}\r\nContent-Length: {length}\r\n");
         }
         out.extend_from_slice(head.as_bytes());
         out.extend_from_slice(b"\r\n");

@@ -15,6 +15,7 @@ pub mod dispatch;
 pub mod event_loop;
 pub mod ft;
 pub mod http;
+mod metrics;
 pub mod route;
 pub mod server;
 pub mod socket;

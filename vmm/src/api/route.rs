@@ -7,8 +7,10 @@ use super::http::{Method, Request, Response};
 use super::types::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
 use crate::config::VmConfig;
 
-/// Where all endpoints live.
+/// Where all endpoints live but one.
 const BASE: &str = "/api/v1/";
+/// Where Prometheus looks by custom.
+const METRICS: &str = "/metrics";
 
 /// What a client asks for, with its body parsed.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,6 +20,7 @@ pub enum Call {
     VmmShutdown,
     Info,
     Counters,
+    Metrics,
     Create(Box<VmConfig>),
     Delete,
     Boot,
@@ -62,11 +65,14 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 /// Finds the call, or the answer that says why there is none.
 pub fn route(request: &Request) -> Result<Call, Response> {
     let not_found = || Response::error(404, ["Not Found"]);
-    let name = request.path.strip_prefix(BASE).ok_or_else(not_found)?;
     let get = |call| match request.method {
         Method::Get => Ok(call),
         _ => Err(bad_request()),
     };
+    if request.path == METRICS {
+        return get(Call::Metrics);
+    }
+    let name = request.path.strip_prefix(BASE).ok_or_else(not_found)?;
     let action = |call| match request.method {
         Method::Put if request.body.is_empty() => Ok(call),
         Method::Put | Method::Get => Err(bad_request()),
