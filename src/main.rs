@@ -7,8 +7,9 @@
 mod options;
 mod report;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::FromRawFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
@@ -18,9 +19,10 @@ use signal_hook::iterator::Signals;
 use vmm::api::dispatch::dispatch;
 use vmm::api::route::Call;
 use vmm::api::{ApiSocket, EventLoop, Inbox, Server};
+use vmm::event_monitor::EventWriter;
 use vmm::vmm::Vmm;
 
-use options::{ApiSocketOption, Options};
+use options::{ApiSocketOption, EventMonitorOption, Options};
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -45,7 +47,11 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let (event_loop, inbox) = EventLoop::new(options.no_shutdown);
     let (hypervisor, reason) = hypervisor::choose(options.hypervisor)?;
     log::info!("{reason}");
-    let mut vmm = Vmm::new(hypervisor, inbox.doorbell());
+    // Dropped after the VMM, whose last events it is to write.
+    let writer = options.event_monitor.as_ref().map(start_event_monitor).transpose()?;
+    let events = writer.as_ref().map(EventWriter::monitor).unwrap_or_default();
+    events.event("vmm", "starting");
+    let mut vmm = Vmm::new(hypervisor, inbox.doorbell(), events.clone());
     let socket = match &options.api_socket {
         None => None,
         Some(ApiSocketOption::Path(path)) => Some(ApiSocket::bind(path)?),
@@ -58,12 +64,14 @@ fn run(options: &Options) -> anyhow::Result<()> {
         log::info!("the API is served on {path}");
     }
     for call in first_call {
-        let (response, _) = dispatch(call, &mut vmm);
+        let (response, _) = dispatch(call, &mut vmm, &events);
         if response.status >= 300 {
             return Err(refusal(response.body.as_deref().unwrap_or_default()));
         }
     }
-    Ok(event_loop.run(&mut vmm)?)
+    event_loop.run(&mut vmm, &events)?;
+    events.event("vmm", "shutdown");
+    Ok(())
 }
 
 /// What the options ask for beyond waiting for the API.
@@ -98,6 +106,17 @@ fn stay_in_memory() {
     if let Err(error) = mlockall(flags | on_fault) {
         log::info!("memory is not locked: {error}");
     }
+}
+
+fn start_event_monitor(target: &EventMonitorOption) -> anyhow::Result<EventWriter> {
+    let started = match target {
+        EventMonitorOption::Path(path) => EventWriter::create(path),
+        EventMonitorOption::Descriptor(fd) => {
+            // SAFETY: the user says with fd=N that this descriptor is ours; nothing else here uses it.
+            EventWriter::start(unsafe { File::from_raw_fd(*fd) })
+        }
+    };
+    started.with_context(|| format!("cannot write events to {target}"))
 }
 
 fn start_log(options: &Options) -> anyhow::Result<()> {

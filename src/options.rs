@@ -53,6 +53,11 @@ pub struct Options {
     #[arg(long)]
     pub no_shutdown: bool,
 
+    /// Write events, one JSON object after the other, to a file or FIFO: path=PATH, or fd=N for a descriptor
+    /// that is open already
+    #[arg(long, value_name = "path=PATH|fd=N")]
+    pub event_monitor: Option<EventMonitorOption>,
+
     /// Append the log to a file instead of standard error
     #[arg(long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
@@ -198,6 +203,40 @@ impl FromStr for ApiSocketOption {
     }
 }
 
+/// Where events are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EventMonitorOption {
+    /// To this file.
+    Path(PathBuf),
+    /// To this descriptor, which the process was given.
+    Descriptor(RawFd),
+}
+
+impl fmt::Display for EventMonitorOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "'{}'", path.display()),
+            Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
+        }
+    }
+}
+
+impl FromStr for EventMonitorOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some(("fd", number)) => {
+                // Standard input, output and error are not for this.
+                let number = number.parse().ok().filter(|fd| *fd > 2);
+                number.map(Self::Descriptor).ok_or("fd=N needs a number above 2".to_owned())
+            }
+            Some(("path", path)) if !path.is_empty() => Ok(Self::Path(PathBuf::from(path))),
+            _ => Err("expected path=PATH or fd=N".to_owned()),
+        }
+    }
+}
+
 fn hypervisor_parser() -> impl TypedValueParser<Value = Choice> {
     PossibleValuesParser::new(["auto", "soft", "kvm"]).try_map(|name| name.parse())
 }
@@ -235,6 +274,16 @@ mod tests {
         assert_eq!(socket("fd=3").unwrap(), Some(ApiSocketOption::Descriptor(3)));
         assert!(socket("fd=x").is_err());
         assert!(socket("path=").is_err());
+    }
+
+    #[test]
+    fn event_monitors_have_two_forms() {
+        let option = |text: &str| text.parse::<EventMonitorOption>();
+        assert_eq!(option("path=/e"), Ok(EventMonitorOption::Path("/e".into())));
+        assert_eq!(option("fd=3"), Ok(EventMonitorOption::Descriptor(3)));
+        for text in ["/e", "path=", "fd=x", "fd=-1", "fd=1", ""] {
+            assert!(option(text).is_err(), "{text}");
+        }
     }
 
     #[test]

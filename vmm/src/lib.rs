@@ -6,6 +6,7 @@ pub mod backends;
 pub mod boot;
 pub mod config;
 pub mod device_tree;
+pub mod event_monitor;
 pub mod guest;
 pub mod legacy;
 pub mod machine;

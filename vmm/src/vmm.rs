@@ -23,6 +23,7 @@ use crate::api::{
 };
 use crate::boot::Payload;
 use crate::config::VmConfig;
+use crate::event_monitor::EventMonitor;
 use crate::pair::backup::BackupHost;
 use crate::pair::clone::{CloneHeader, CloneState};
 use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
@@ -43,6 +44,7 @@ const DISABLE_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     doorbell: Doorbell,
+    events: EventMonitor,
     /// Names this process among all that ever claim.
     who: String,
     state: Arc<Mutex<State>>,
@@ -65,12 +67,17 @@ struct State {
 }
 
 impl Vmm {
-    /// A VMM without a VM. `doorbell` wakes the control thread.
+    /// A VMM without a VM. `doorbell` wakes the control thread, `events` is told of changes.
     #[must_use]
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, doorbell: Doorbell) -> Self {
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        doorbell: Doorbell,
+        events: EventMonitor,
+    ) -> Self {
         Self {
             hypervisor,
             doorbell,
+            events,
             who: process_name(),
             state: Arc::default(),
             primary: None,

@@ -29,6 +29,20 @@ fn with_body(status: u16, body: &str) -> String {
 const STATES: [State; 4] = [State::None, State::Created, State::Running, State::Paused];
 
 #[test]
+fn metrics_are_text_in_every_state() {
+    for (state, name) in STATES.into_iter().zip(["None", "Created", "Running", "Paused"]) {
+        let fixture = Fixture::in_state(state);
+        let answer = fixture.exchange("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        assert!(head.contains("Content-Type: text/plain; version=0.0.4"), "{head}");
+        assert!(body.contains(&format!("dyad_vm_state{{state=\"{name}\"}} 1\n")), "{body}");
+        let refused = fixture.exchange("PUT /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+    }
+}
+
+#[test]
 fn every_call_in_every_state() {
     let restore = r#"{"source_url": "file:///s"}"#;
     let snapshot = r#"{"destination_url": "file:///s"}"#;

@@ -11,6 +11,7 @@ use super::http::Response;
 use super::metrics;
 use super::route::Call;
 use super::types::VmmPing;
+use crate::event_monitor::EventMonitor;
 
 /// What follows a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +99,49 @@ fn requirement(call: &Call) -> (&'static str, Needs, u16) {
     }
 }
 
-/// Executes one call.
-pub fn dispatch(call: Call, control: &mut dyn Control) -> (Response, Next) {
+/// What the event monitor is told before a call is judged, and after it has succeeded.
+fn announcements(call: &Call) -> (Option<&'static str>, Option<&'static str>) {
+    match call {
+        Call::Boot => (Some("booting"), Some("booted")),
+        Call::Reboot => (Some("rebooting"), Some("rebooted")),
+        Call::Pause => (Some("pausing"), Some("paused")),
+        Call::Resume => (Some("resuming"), Some("resumed")),
+        Call::Snapshot(_) => (Some("snapshotting"), Some("snapshotted")),
+        Call::Restore(_) => (Some("restoring"), Some("restored")),
+        Call::Shutdown => (None, Some("shutdown")),
+        _ => (None, None),
+    }
+}
+
+/// Executes one call and tells the event monitor.
+pub fn dispatch(call: Call, control: &mut dyn Control, events: &EventMonitor) -> (Response, Next) {
+    let (before, after) = announcements(&call);
+    if let Some(event) = before {
+        events.event("vm", event);
+    }
+    let (response, next) = execute(call, control, events);
+    if let Some(event) = after
+        && response.status < 300
+    {
+        events.event("vm", event);
+    }
+    (response, next)
+}
+
+/// Stops the VM, if there is one, and forgets it.
+pub fn delete(control: &mut dyn Control, events: &EventMonitor) -> Result<(), ControlError> {
+    let state = control.state();
+    control.delete()?;
+    if state.is_some_and(VmState::is_booted) {
+        events.event("vm", "shutdown");
+    }
+    if state.is_some() {
+        events.event("vm", "deleted");
+    }
+    Ok(())
+}
+
+fn execute(call: Call, control: &mut dyn Control, events: &EventMonitor) -> (Response, Next) {
     let (name, needs, without_vm) = requirement(&call);
     let state = control.state();
     if !needs.met_by(state) {
@@ -124,7 +166,7 @@ pub fn dispatch(call: Call, control: &mut dyn Control) -> (Response, Next) {
         Call::Ping => Response::json(&ping()),
         Call::VmmShutdown => {
             // The VMM ends in any case; the VM's devices should not be torn off.
-            if let Err(error) = control.delete() {
+            if let Err(error) = delete(control, events) {
                 log::warn!("the VM could not be stopped in order: {error}");
             }
             return (Response::empty(200), Next::Exit);
@@ -134,7 +176,7 @@ pub fn dispatch(call: Call, control: &mut dyn Control) -> (Response, Next) {
         Call::Metrics => metrics(state, control),
         Call::FtStatus => json_or_refusal(control.ft_status()),
         Call::Create(config) => done(control.create(*config)),
-        Call::Delete => done(control.delete()),
+        Call::Delete => done(delete(control, events)),
         Call::Boot => done(control.boot()),
         Call::Shutdown => done(control.shutdown()),
         Call::Reboot => done(control.reboot()),

@@ -3,9 +3,10 @@
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::control::{Control, ControlError, VmEnd};
-use super::dispatch::{Next, dispatch};
+use super::dispatch::{Next, delete, dispatch};
 use super::http::Response;
 use super::route::Call;
+use crate::event_monitor::EventMonitor;
 
 /// Something for the control thread to do.
 pub enum Message {
@@ -80,12 +81,12 @@ impl EventLoop {
         (Self { receiver, stay }, Inbox(sender))
     }
 
-    /// Runs until the VMM is to end.
-    pub fn run(&self, control: &mut dyn Control) -> Result<(), LoopError> {
+    /// Runs until the VMM is to end. `events` is told what happens to the VM.
+    pub fn run(&self, control: &mut dyn Control, events: &EventMonitor) -> Result<(), LoopError> {
         for message in &self.receiver {
             match message {
                 Message::Call(call, answer) => {
-                    let (response, next) = dispatch(call, control);
+                    let (response, next) = dispatch(call, control, events);
                     // A client that has gone does not want the answer.
                     let _ = answer.send(response);
                     if next == Next::Exit {
@@ -94,20 +95,21 @@ impl EventLoop {
                 }
                 Message::Terminate => {
                     log::info!("terminating");
-                    return control.delete().map_err(LoopError::Stop);
+                    return delete(control, events).map_err(LoopError::Stop);
                 }
                 Message::Doorbell => match control.ended() {
                     None => {}
                     Some(VmEnd::PowerOff) if self.stay => {
                         log::info!("the guest switched itself off");
                         control.shutdown().map_err(LoopError::Stop)?;
+                        events.event("vm", "shutdown");
                     }
                     Some(VmEnd::PowerOff) => {
                         log::info!("the guest switched itself off");
-                        return control.delete().map_err(LoopError::Stop);
+                        return delete(control, events).map_err(LoopError::Stop);
                     }
                     Some(VmEnd::Failure(why)) => {
-                        if let Err(error) = control.delete() {
+                        if let Err(error) = delete(control, events) {
                             log::warn!("the VM could not be stopped in order: {error}");
                         }
                         return Err(LoopError::VmFailed(why));

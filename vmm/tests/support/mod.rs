@@ -15,6 +15,7 @@ use vmm::api::{
     FtReceiveConfig, FtStatus, Inbox, LoopError, Server, VmEnd, VmInfo, VmState,
 };
 use vmm::config::VmConfig;
+use vmm::event_monitor::EventMonitor;
 
 /// States of a VM as a client sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,7 +169,7 @@ impl Fixture {
         };
         let mut vm = FakeVm { shared: Arc::clone(&shared), config, state };
         let (event_loop, inbox) = EventLoop::new(stay);
-        let control = std::thread::spawn(move || event_loop.run(&mut vm));
+        let control = std::thread::spawn(move || event_loop.run(&mut vm, &EventMonitor::default()));
         let directory = tempfile::tempdir().unwrap();
         let socket = ApiSocket::bind(&directory.path().join("api.sock")).unwrap();
         let server = Some(Server::start(socket, inbox.clone()).unwrap());
