@@ -20,7 +20,9 @@ impl Dyad {
     fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_dyad"))
-            .args(["-vv", "--hypervisor", "soft", "--api-socket"])
+            .args(["-vv", "--hypervisor", "soft", "--event-monitor"])
+            .arg(format!("path={}", directory.path().join("events").display()))
+            .arg("--api-socket")
             .arg(directory.path().join("api.sock"))
             .stderr(Stdio::piped())
             .stdin(Stdio::null())
@@ -149,6 +151,58 @@ fn shutdown_vmm_prints_an_empty_line_and_ends_the_process() {
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b"\n"[..]));
     assert_eq!(dyad.code(), Some(0));
     assert!(!dyad.socket().exists());
+}
+
+#[test]
+fn the_event_monitor_tells_what_happens_in_order() {
+    let mut dyad = Dyad::start();
+    let config = dyad.directory.path().join("vm.json");
+    std::fs::write(&config, "{}").unwrap();
+    dyad.remote(&["create", config.to_str().unwrap()]);
+    assert_eq!(dyad.remote(&["boot"]).status.code(), Some(1), "there is no kernel");
+    dyad.remote(&["delete"]);
+    dyad.signal(Signal::SIGTERM);
+    assert_eq!(dyad.code(), Some(0));
+    let text = std::fs::read_to_string(dyad.directory.path().join("events")).unwrap();
+    let events: Vec<Value> =
+        text.split_terminator("\n\n").map(|object| serde_json::from_str(object).unwrap()).collect();
+    let names: Vec<String> = events
+        .iter()
+        .map(|event| format!("{}/{}", event["source"], event["event"]).replace('"', ""))
+        .collect();
+    assert_eq!(names, ["vmm/starting", "vm/booting", "vm/deleted", "vmm/shutdown"]);
+    let seconds = |event: &Value| event["timestamp"]["secs"].as_f64().unwrap();
+    assert!(events.is_sorted_by_key(seconds), "{text}");
+    assert!(events.iter().all(|event| event["properties"].is_null()), "{text}");
+}
+
+#[test]
+fn watching_into_a_pipe_writes_lines_and_tells_when_the_vmm_is_gone() {
+    let mut dyad = Dyad::start();
+    let two = dyad.remote(&["ft-watch", "--interval-ms", "20", "--count", "2"]);
+    assert_eq!(two.status.code(), Some(0));
+    let text = String::from_utf8(two.stdout).unwrap();
+    assert_eq!(text.lines().count(), 2);
+    assert!(text.lines().all(|line| line.starts_with("none unprotected generation=0 ")), "{text}");
+
+    let mut watching = Command::new(env!("CARGO_BIN_EXE_dyad-remote"))
+        .arg("--api-socket")
+        .arg(dyad.socket())
+        .args(["ft-watch", "--interval-ms", "20"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("none "));
+    dyad.signal(Signal::SIGKILL);
+    dyad.code();
+    assert!(lines.any(|line| line.unwrap().starts_with("no answer: ")));
+    watching.kill().unwrap();
+    watching.wait().unwrap();
+
+    let nobody = dyad.remote(&["ft-watch"]);
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(error(&nobody).contains("api.sock"), "{}", error(&nobody));
 }
 
 #[test]

@@ -199,7 +199,9 @@ mod tests {
         assert_eq!(events.len(), 2);
         assert_eq!(events[0]["event"], "starting");
         assert_eq!(events[0]["properties"], Value::Null);
-        assert!(events[0]["timestamp"]["secs"].is_u64() && events[0]["timestamp"]["nanos"].is_u64());
+        assert!(
+            events[0]["timestamp"]["secs"].is_u64() && events[0]["timestamp"]["nanos"].is_u64()
+        );
         assert_eq!(events[1]["properties"], json!({"state": "alone\n\n"}));
     }
 

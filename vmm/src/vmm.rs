@@ -69,11 +69,7 @@ struct State {
 impl Vmm {
     /// A VMM without a VM. `doorbell` wakes the control thread, `events` is told of changes.
     #[must_use]
-    pub fn new(
-        hypervisor: Arc<dyn Hypervisor>,
-        doorbell: Doorbell,
-        events: EventMonitor,
-    ) -> Self {
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, doorbell: Doorbell, events: EventMonitor) -> Self {
         Self {
             hypervisor,
             doorbell,

@@ -5,6 +5,7 @@
 
 #[path = "../../report.rs"]
 mod report;
+mod watch;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -85,6 +86,8 @@ enum Command {
     },
     /// Show how the VM is protected
     FtStatus,
+    /// Watch how the VM is protected: state, lag, log, outputs, throttle, digests, last failover
+    FtWatch(watch::Options),
     /// Hand the VM over to the backup, or, asked of the backup, take it over
     FtFailover,
     /// Go on unprotected
@@ -145,7 +148,8 @@ impl Call {
                 let config = FtEnableConfig::from_option(options);
                 Self::put_json("ft.enable", &config.with_context(|| unusable(options))?)
             }
-            Command::FtStatus => Ok(Self::get("ft.status")),
+            // Watching is many calls; see `main`.
+            Command::FtStatus | Command::FtWatch(_) => Ok(Self::get("ft.status")),
             Command::FtFailover => Ok(Self::put("ft.failover")),
             Command::FtDisable => Ok(Self::put("ft.disable")),
         }
@@ -165,6 +169,14 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let Command::FtWatch(how) = &options.command {
+        return match watch::watch(&options.api_socket, how) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                report::failure("dyad-remote cannot watch", error.chain().map(ToString::to_string))
+            }
+        };
+    }
     match exchange(&options) {
         Ok(response) => print(response),
         Err(error) => report::failure(

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+pub use ::ft::status::{CloneStatus, Failover};
 use ::ft::{BadTiming, Timing};
 pub use ::ft::{DiskMode, FtStatus};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

@@ -297,9 +297,7 @@ impl Response {
     /// 200 with a body.
     pub fn json(value: &impl Serialize) -> Self {
         match serde_json::to_string(value) {
-            Ok(json) => {
-                Self { status: 200, body: Some(ascii(&json)), content_type: JSON }
-            }
+            Ok(json) => Self { status: 200, body: Some(ascii(&json)), content_type: JSON },
             // Paths may be anything but UTF-8 only if they did not come through this API.
             Err(error) => {
                 Self::error(500, ["The answer cannot be written as JSON", &error.to_string()])

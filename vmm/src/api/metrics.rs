@@ -67,10 +67,15 @@ impl Page {
         let lag_help = "Lag of the backup in this generation";
         self.percentiles("dyad_ft_lag_quantile_seconds", lag_help, &status.lag)?;
         let delay_help = "Time that outputs waited for their acknowledgement";
-        self.percentiles("dyad_ft_output_delay_quantile_seconds", delay_help, &status.output_delay)?;
+        self.percentiles(
+            "dyad_ft_output_delay_quantile_seconds",
+            delay_help,
+            &status.output_delay,
+        )?;
         self.gauge("dyad_ft_held_outputs", "Outputs waiting now", status.held_outputs)?;
         self.gauge("dyad_ft_held_output_bytes", "Bytes of them", status.held_output_bytes)?;
-        let throttle_help = "Part of its time that the guest gives away so that the backup keeps up";
+        let throttle_help =
+            "Part of its time that the guest gives away so that the backup keeps up";
         self.float("dyad_ft_throttle_ratio", throttle_help, status.throttle)?;
         self.flag("dyad_ft_stalled", "1 while the guest waits for full buffers", status.stalled)?;
         self.counter("dyad_ft_stalls_total", "Times that it had to", status.stalls)?;
