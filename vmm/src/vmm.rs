@@ -210,6 +210,7 @@ impl Vmm {
         let observer = Observer {
             state: Arc::clone(&self.state),
             doorbell: self.doorbell.clone(),
+            events: self.events.clone(),
             pair: terms.pair.clone(),
         };
         Ok(PrimaryParts {
@@ -382,6 +383,7 @@ impl Control for Vmm {
             hypervisor: Arc::clone(&self.hypervisor),
             state: Arc::clone(&self.state),
             doorbell: self.doorbell.clone(),
+            events: self.events.clone(),
             prepared: None,
         };
         let backup = BackupConfig { who: self.who.clone(), capabilities: pair::capabilities() };
@@ -475,10 +477,15 @@ impl VmDoorbell for EndOfVm {
 struct Observer {
     state: Arc<Mutex<State>>,
     doorbell: Doorbell,
+    events: EventMonitor,
     pair: PairId,
 }
 
 impl PrimaryObserver for Observer {
+    fn changed(&self, state: &'static str, reason: Option<&str>) {
+        tell_change(&self.events, "primary", state, reason);
+    }
+
     fn protected(&self) {
         log::info!("the VM is protected");
     }
@@ -513,6 +520,7 @@ struct Host {
     hypervisor: Arc<dyn Hypervisor>,
     state: Arc<Mutex<State>>,
     doorbell: Doorbell,
+    events: EventMonitor,
     prepared: Option<Prepared>,
 }
 
@@ -523,6 +531,7 @@ impl Host {
             hypervisor: Arc::clone(&self.hypervisor),
             state: Arc::clone(&self.state),
             doorbell: self.doorbell.clone(),
+            events: self.events.clone(),
             prepared: None,
         }
     }
@@ -577,6 +586,10 @@ impl BackupHost for Host {
         state.vm.as_ref().map(|vm| Arc::clone(vm.back_halves()) as Arc<dyn Outlet>)
     }
 
+    fn changed(&mut self, state: &'static str, reason: Option<&str>) {
+        tell_change(&self.events, "backup", state, reason);
+    }
+
     fn protected(&mut self) {
         log::info!("this side protects the VM");
     }
@@ -604,6 +617,17 @@ impl BackupHost for Host {
         drop(state);
         drop(vm);
     }
+}
+
+/// For the log and the event monitor.
+fn tell_change(events: &EventMonitor, role: &str, state: &str, reason: Option<&str>) {
+    match reason {
+        Some(reason) => log::info!("{role}: {state}: {reason}"),
+        None => log::info!("{role}: {state}"),
+    }
+    let reason = reason.unwrap_or_default();
+    let properties = [("role", role), ("state", state), ("reason", reason)];
+    events.event_with("ft", "changed", properties.map(|(name, value)| (name, value.to_owned())));
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {

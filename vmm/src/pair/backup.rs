@@ -45,6 +45,8 @@ pub trait BackupHost: Send {
     ) -> Result<InboxSender<run_loop::Message>, String>;
     /// The back halves, not started.
     fn outlet(&self) -> Option<Arc<dyn Outlet>>;
+    /// This side is in another state.
+    fn changed(&mut self, state: &'static str, reason: Option<&str>);
     /// The VM is protected by this side.
     fn protected(&mut self);
     /// The VM runs here now; starts the back halves. `status` is what remains to be told of the pair.
@@ -225,10 +227,7 @@ impl BackupSide {
                 }
                 self.host.discarded(&reason);
             }
-            Action::Changed { state, reason } => match reason {
-                Some(reason) => log::info!("backup: {state}: {reason}"),
-                None => log::info!("backup: {state}"),
-            },
+            Action::Changed { state, reason } => self.host.changed(state, reason.as_deref()),
         }
         Ok(())
     }

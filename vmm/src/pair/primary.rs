@@ -34,6 +34,8 @@ const CLONE_QUEUE_BYTES: usize = 4 << 20;
 
 /// What the control thread needs to know. Called on the ft thread.
 pub trait PrimaryObserver: Send {
+    /// Protection is in another state.
+    fn changed(&self, state: &'static str, reason: Option<&str>);
     /// The VM survives the death of this host from now on.
     fn protected(&self);
     /// Protection never came about; the VM runs on as before.
@@ -229,10 +231,7 @@ impl Side for PrimarySide {
             Action::Stall => self.log_full = true,
             Action::Unstall => self.log_full = false,
             Action::Diverged { point, unequal } => self.observer.diverged(point, &unequal),
-            Action::Changed { state, reason } => match reason {
-                Some(reason) => log::info!("primary: {state}: {reason}"),
-                None => log::info!("primary: {state}"),
-            },
+            Action::Changed { state, reason } => self.observer.changed(state, reason.as_deref()),
         }
     }
 
