@@ -98,7 +98,8 @@ pub struct Vm {
     #[arg(long, value_name = "OPTIONS")]
     memory: Option<String>,
 
-    /// Disks: path=IMAGE[,readonly=on][,image_type=raw][,serial=TEXT][,id=NAME]
+    /// Disks: path=IMAGE[,readonly=on][,direct=on][,image_type=raw][,serial=TEXT][,id=NAME]. The image is
+    /// locked against other VMs. direct=on bypasses the host's page cache
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     disk: Vec<String>,
 

@@ -1,10 +1,11 @@
 //! A thread that waits for file descriptors and can be stopped at once.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,7 +19,7 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Self { event: EventFd::from_flags(flags)?, stop: AtomicBool::new(false) })
     }
@@ -32,6 +33,23 @@ impl Bell {
     /// Whether the thread is to end.
     pub(crate) fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits until the bell rings, at most for `timeout`.
+    pub(crate) fn wait_at_most(&self, timeout: Option<Duration>) -> io::Result<()> {
+        // Rounded up, or the last fraction of a millisecond would be spent asking again and again.
+        let ms = |timeout: Duration| timeout.as_micros().div_ceil(1000);
+        let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
+            PollTimeout::try_from(ms(timeout)).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [PollFd::new(self.event.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        // Not blocking: at worst there is nothing to read.
+        let _ = self.event.read();
+        Ok(())
     }
 
     /// Waits until the bell rings or one of `wanted` is ready, and says what each is ready for.
@@ -52,6 +70,13 @@ impl Bell {
             let _ = self.event.read();
         }
         Ok(fds[1..].iter().map(ready).collect())
+    }
+}
+
+/// For those who ring it by descriptor, as the kernel does.
+impl AsRawFd for Bell {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_fd().as_raw_fd()
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ft::Event;
 use virtio_devices::BlockRequest;
-use virtio_devices::block::back::{BlockBack, BlockBackError};
+use virtio_devices::block::back::{BlockBack, BlockBackError, BlockOptions};
 use virtio_devices::block::latency::Latencies;
 use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
 use virtio_devices::net::TapError;
@@ -23,10 +23,11 @@ use virtio_devices::net::back::{NetBack, TapOptions};
 use virtio_devices::rng::back::{RngBack, RngBackError};
 
 use crate::api::Counters;
-use crate::config::{ConsoleMode, NetConfig, VmConfig};
+use crate::config::{ConsoleMode, DiskConfig, LockGranularity, NetConfig, VmConfig};
 use crate::machine::{self, Kind};
 use crate::pci::PciError;
 use crate::run_loop::outgoing::Outlet;
+use crate::vmm::chain;
 
 /// Where events go. Called on the back halves' threads; must not wait for any of them.
 pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;
@@ -135,10 +136,10 @@ impl Backends {
                 Kind::Disk { index } => {
                     let disk = &config.disks()[index];
                     let id = device.id;
-                    let Some(path) = &disk.path else {
+                    let Some(options) = block_options(disk) else {
                         return Err(BackendError::DiskWithoutPath { id });
                     };
-                    let back = match BlockBack::open(path, disk.readonly) {
+                    let back = match BlockBack::open_with(&options) {
                         Ok(back) => back,
                         Err(source) => return Err(BackendError::Disk { id, source }),
                     };
@@ -174,6 +175,17 @@ impl Backends {
         let placed = machine::place(config).unwrap_or_default();
         let disks = placed.iter().filter(|device| matches!(device.kind, Kind::Disk { .. }));
         disks.filter_map(|device| by_id.get(device.id.as_str()).copied()).collect()
+    }
+
+    /// Takes the disk images for this VM alone. A VM that starts does this first; one that takes over from
+    /// another host does without until the images are free.
+    pub fn lock_disks(&self) -> Result<(), BackendError> {
+        for disk in self.disks.values() {
+            disk.back
+                .lock()
+                .map_err(|source| BackendError::Disk { id: disk.id.clone(), source })?;
+        }
+        Ok(())
     }
 
     /// Starts to do and to receive: from now on this process is the one the world sees. What was
@@ -292,6 +304,16 @@ impl Outlet for Backends {
         self.disks.values().for_each(|disk| disk.back.valve().open());
     }
 
+    fn set_write_through(&self, on: bool) -> Result<(), String> {
+        for disk in self.disks.values() {
+            disk.back.set_write_through(on).map_err(|source| {
+                let id = disk.id.clone();
+                chain(&BackendError::Disk { id, source })
+            })?;
+        }
+        Ok(())
+    }
+
     fn set_lease(&self, until: Option<Duration>) {
         self.disks.values().for_each(|disk| disk.back.valve().set_lease(until));
     }
@@ -303,6 +325,16 @@ impl Outlet for Backends {
             }
         }
     }
+}
+
+fn block_options(disk: &DiskConfig) -> Option<BlockOptions> {
+    Some(BlockOptions {
+        read_only: disk.readonly,
+        direct: disk.direct,
+        io_uring: !disk.disable_io_uring,
+        lock_whole_file: disk.lock_granularity == LockGranularity::Full,
+        ..BlockOptions::new(disk.path.as_deref()?)
+    })
 }
 
 fn tap_options(id: &str, net: &NetConfig) -> Result<TapOptions, BackendError> {

@@ -94,6 +94,7 @@ impl Prepared {
 
     /// Boots the payload and runs.
     pub fn boot(mut self, payload: Payload, doorbell: Box<dyn VmDoorbell>) -> Result<Vm, VmError> {
+        self.backends.lock_disks()?;
         self.guest.set_payload(Arc::new(payload.clone()));
         self.guest.boot()?;
         let vm = self.live(payload, false, doorbell)?;
@@ -109,6 +110,7 @@ impl Prepared {
         state: &GuestState,
         doorbell: Box<dyn VmDoorbell>,
     ) -> Result<Vm, VmError> {
+        self.backends.lock_disks()?;
         self.guest.set_payload(Arc::new(payload.clone()));
         self.guest.restore(state)?;
         for (device, request) in self.guest.machine().outstanding() {

@@ -241,6 +241,8 @@ impl DiskConfig {
             "sparse",
             "image_type",
             "lock_granularity",
+            "_disable_io_uring",
+            "_disable_aio",
         ]);
         let unsupported = [&["rate_limit_group", "queue_affinity"][..], &THROTTLING_KEYS].concat();
         let options = OptionString::parse(text, &keys, &unsupported)?;
@@ -267,6 +269,8 @@ impl DiskConfig {
             sparse: options.toggle("sparse", default.sparse)?,
             image_type: options.choice("image_type", &image_types)?.unwrap_or_default(),
             lock_granularity: options.choice("lock_granularity", &locks)?.unwrap_or_default(),
+            disable_io_uring: options.toggle("_disable_io_uring", default.disable_io_uring)?,
+            disable_aio: options.toggle("_disable_aio", default.disable_aio)?,
             ..default
         })
     }

@@ -91,7 +91,7 @@ pub struct DiskConfig {
     /// How much of the image is locked.
     #[serde(default)]
     pub lock_granularity: LockGranularity,
-    /// Whether not to use io_uring (Dyad never does).
+    /// Whether not to use `io_uring`, but threads.
     #[serde(default)]
     pub disable_io_uring: bool,
     /// Whether not to use Linux AIO (Dyad never does).

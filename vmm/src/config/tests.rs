@@ -173,7 +173,6 @@ fn what_cloud_hypervisor_has_parses_and_is_refused_by_name() {
         ("disks", json!([{"vhost_user": true, "vhost_socket": "/s"}]), "vhost_user"),
         ("disks", json!([{"path": "/d", "iommu": true}]), "iommu"),
         ("disks", json!([{"path": "/d", "pci_segment": 1}]), "pci_segment"),
-        ("disks", json!([{"path": "/d", "direct": true}]), "direct"),
         ("net", json!([{"vhost_user": true}]), "vhost_user"),
         ("net", json!([{"fds": [1]}]), "fds"),
         ("net", json!([{"host_mac": "2e:00:00:00:00:01"}]), "host_mac"),

@@ -359,7 +359,6 @@ fn validate_disk(device: &str, disk: &DiskConfig) -> Result<(), ValidationError>
         device,
         &[
             (disk.vhost_user || disk.vhost_socket.is_some(), "vhost-user disks: 'vhost_user'"),
-            (disk.direct, "bypassing the page cache: 'direct'"),
             (disk.rate_limit_group.is_some(), "rate limits: 'rate_limit_group'"),
             (disk.rate_limiter_config.is_some(), "rate limits: 'rate_limiter_config'"),
             (disk.queue_affinity.is_some(), "pinning to host CPUs: 'queue_affinity'"),

@@ -114,6 +114,11 @@ impl CloneSender {
         }
     }
 
+    /// Tells that it cannot even begin.
+    pub fn fail(self, reason: String) {
+        let _ = self.step(CloneStep::Failed(reason));
+    }
+
     fn clone_guest(
         &self,
         recorder: impl FnOnce(ft::ExecutionPoint) -> Recorder,

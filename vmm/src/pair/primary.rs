@@ -14,7 +14,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ft::primary::{Action, Input};
 use ft::status::{CloneStatus, Failover, FtStatus};
 use ft::{
-    Arbiter, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig, Unequal,
+    Arbiter, DiskMode, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig,
+    Unequal,
 };
 use hypervisor::GuestMemory;
 
@@ -84,6 +85,7 @@ impl PrimaryThread {
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
+        let shared_disks = parts.config.terms.disk_mode == DiskMode::Shared;
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
         let mut side = PrimarySide {
             core: Core::new(machine, parts.stream, actions).map_err(fail)?,
@@ -93,6 +95,7 @@ impl PrimaryThread {
             memory: parts.memory,
             payload: parts.payload,
             outlet: parts.outlet,
+            shared_disks,
             observer: parts.observer,
             feedback: Arc::default(),
             log_full: false,
@@ -163,6 +166,8 @@ struct PrimarySide {
     memory: GuestMemory,
     payload: Arc<Payload>,
     outlet: Arc<dyn Outlet>,
+    /// The backup reads what this side writes.
+    shared_disks: bool,
     observer: Box<dyn PrimaryObserver>,
     feedback: Arc<Feedback>,
     /// The state machine wants the guest to wait.
@@ -354,7 +359,16 @@ impl PrimarySide {
         let (waker, feedback) = (self.core.handle.waker(), Arc::clone(&self.feedback));
         let recorder = move |point| Recorder::new(point, flush_sender, waker, feedback);
         let thread = std::thread::Builder::new().name("clone".into());
-        match thread.spawn(move || clone.run(recorder)) {
+        let (outlet, shared_disks) = (Arc::clone(&self.outlet), self.shared_disks);
+        let work = move || {
+            // The backup is armed only after this has ended; from then on all that is completed is stable.
+            let stable = if shared_disks { outlet.set_write_through(true) } else { Ok(()) };
+            match stable {
+                Ok(()) => clone.run(recorder),
+                Err(reason) => clone.fail(reason),
+            }
+        };
+        match thread.spawn(work) {
             Ok(handle) => self.clone = Some(CloneThread { steps, cancelled, handle }),
             Err(error) => {
                 self.step(Input::CloneFailed { reason: format!("cannot start a thread: {error}") });
@@ -391,6 +405,9 @@ impl PrimarySide {
             let _ = handle.join();
         }
         self.outlet.open_disks();
+        if let Err(error) = self.outlet.set_write_through(false) {
+            log::warn!("{error}");
+        }
         let (draining, drained) = crossbeam_channel::bounded::<()>(0);
         self.inbox.send(run_loop::Message::Command(Command::StopRecording { drained }));
         let outlet = Arc::clone(&self.outlet);

@@ -23,6 +23,10 @@ pub trait Outlet: Send + Sync {
     fn close_disks(&self);
     /// Lets disk requests begin again, those that waited first.
     fn open_disks(&self);
+    /// From now on, or no longer, disk writes complete only when they are stable: a backup that takes over a shared
+    /// disk does not write again what was completed, and what the host of this side remembers dies with it.
+    /// Switching it on makes all stable that was completed before, and may block as long as that takes.
+    fn set_write_through(&self, on: bool) -> Result<(), String>;
     /// Lets no disk request begin after `until`, by `CLOCK_BOOTTIME`; `None`: no such limit.
     fn set_lease(&self, until: Option<Duration>);
     /// Tells the network where the guest's addresses are now.

@@ -1,0 +1,194 @@
+//! An open disk image, its size, and its lock against other VMs.
+//!
+//! A VM that lives holds an advisory lock on each of its images: exclusive where it writes, shared where it only
+//! reads. It belongs to the open file, so that it vanishes with the process however that ends, and network file systems
+//! pass it to every host. A backup that follows a primary holds none; when it goes live it takes the lock as soon as it
+//! can, since a predecessor that is frozen, and fenced by its lease, may hold it for any time.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::unistd::{Whence, fdatasync};
+
+use super::back::{BlockBackError, BlockOptions};
+use super::faults::{Faults, Step, Verdict};
+use super::job::{Aligned, DIRECT_ALIGNMENT, Io, Job};
+use super::valve::Valve;
+use crate::effect::SECTOR_SIZE;
+
+/// See the module's documentation.
+pub(super) struct Image {
+    pub path: PathBuf,
+    pub file: File,
+    pub valve: Arc<Valve>,
+    pub direct: bool,
+    /// Writes complete only when they are stable.
+    pub write_through: AtomicBool,
+    bytes: u64,
+    read_only: bool,
+    lock_whole_file: bool,
+    locked: AtomicBool,
+    failures: AtomicU32,
+    faults: Option<Arc<dyn Faults>>,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Image {
+    pub fn open(options: &BlockOptions, valve: Arc<Valve>) -> Result<Self, BlockBackError> {
+        let BlockOptions { path, read_only, direct, .. } = options.clone();
+        let flags = if direct { libc::O_DIRECT } else { 0 };
+        let opened =
+            OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
+        let mut file = match opened {
+            Ok(file) => file,
+            Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(BlockBackError::Direct { path });
+            }
+            Err(source) => return Err(BlockBackError::Open { path, read_only, source }),
+        };
+        let bytes = match size(&mut file) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Err(BlockBackError::Kind { path }),
+            Err(source) => return Err(BlockBackError::Size { path, source }),
+        };
+        if !bytes.is_multiple_of(SECTOR_SIZE) {
+            return Err(BlockBackError::OddSize { path, bytes });
+        }
+        if direct && !takes_sectors(&file) {
+            return Err(BlockBackError::Direct { path });
+        }
+        Ok(Self {
+            path,
+            file,
+            valve,
+            direct,
+            write_through: AtomicBool::new(false),
+            bytes,
+            read_only,
+            lock_whole_file: options.lock_whole_file,
+            locked: AtomicBool::new(false),
+            failures: AtomicU32::new(0),
+            faults: options.faults.clone(),
+        })
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.bytes / SECTOR_SIZE
+    }
+
+    /// Takes the lock, or says that another has it.
+    pub fn lock(&self) -> Result<(), BlockBackError> {
+        let kind = if self.read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+        match self.set_lock(kind) {
+            Ok(()) => {
+                self.locked.store(true, Ordering::Release);
+                Ok(())
+            }
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                let (path, read_only) = (self.path.clone(), self.read_only);
+                Err(BlockBackError::InUse { path, read_only })
+            }
+            Err(error) => {
+                Err(BlockBackError::Lock { path: self.path.clone(), source: error.into() })
+            }
+        }
+    }
+
+    /// Lets others have it: this side's machine has ended.
+    pub fn unlock(&self) {
+        if self.locked.swap(false, Ordering::AcqRel)
+            && let Err(error) = self.set_lock(libc::F_UNLCK)
+        {
+            log::warn!("disk image {} stays locked: {error}", self.path.display());
+        }
+    }
+
+    pub fn locked(&self) -> bool {
+        self.locked.load(Ordering::Acquire)
+    }
+
+    fn set_lock(&self, kind: i32) -> nix::Result<()> {
+        let len = if self.lock_whole_file { 0 } else { self.bytes.cast_signed() };
+        let lock = libc::flock {
+            l_type: kind as libc::c_short,
+            l_whence: Whence::SeekSet as libc::c_short,
+            l_start: 0,
+            l_len: len,
+            l_pid: 0,
+        };
+        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map(|_| ())
+    }
+
+    /// Forgets what this host remembers of the image: another may have written to it since.
+    pub fn forget_cached(&self) {
+        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        if let Err(error) = posix_fadvise(self.file.as_fd(), 0, 0, advice) {
+            log::debug!("disk {}: the page cache was kept: {error}", self.path.display());
+        }
+    }
+
+    /// Makes the system call of a step.
+    pub fn perform(&self, io: Io<'_>) -> Result<usize, Errno> {
+        let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        match io {
+            Io::Read { offset, into } => self.file.read_at(into, offset).map_err(errno),
+            Io::Write { offset, from } => self.file.write_at(from, offset).map_err(errno),
+            Io::Sync => fdatasync(&self.file).map(|()| 0),
+            Io::Allocate { how, offset, len } => {
+                fallocate(&self.file, how, offset.cast_signed(), len.cast_signed()).map(|()| 0)
+            }
+        }
+    }
+
+    /// What a test wants to become of a step.
+    pub fn verdict(&self, job: &mut Job) -> Verdict {
+        self.faults.as_ref().map_or(Verdict::Go, |faults| faults.before(job.step()))
+    }
+
+    /// The host has done a step of `job`.
+    pub fn step_done(&self, job: &mut Job) {
+        if let Some(faults) = &self.faults {
+            let step: Step = job.step();
+            faults.after(step);
+        }
+    }
+
+    /// Says that a request failed.
+    pub fn report(&self, job: &Job, error: Errno) {
+        // A full disk fails every write; the log must not grow with each.
+        let count = self.failures.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        if count.is_power_of_two() {
+            let (path, what) = (self.path.display(), job.describe());
+            log::warn!("disk {path}: {what} failed ({count} failures so far): {error}");
+        }
+    }
+}
+
+/// Size in bytes; `None` if it is no file and no block device.
+fn size(file: &mut File) -> io::Result<Option<u64>> {
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Ok(None);
+    }
+    // A block device's metadata has no size.
+    file.seek(SeekFrom::End(0)).map(Some)
+}
+
+/// Whether single sectors can be had without the page cache.
+fn takes_sectors(file: &File) -> bool {
+    let mut sector = Aligned::zeroed(SECTOR_SIZE as usize, DIRECT_ALIGNMENT);
+    let read = file.read_at(sector.bytes_mut(), 0);
+    !read.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+}

@@ -1,0 +1,276 @@
+//! A disk's thread: takes requests, keeps several under way at the host, and hands on what is done.
+//!
+//! The front half gives out together only what may be done in any order, so nothing here waits for anything
+//! but leave to begin. One thing is done once for many: a sync covers all that was written before it began, so those
+//! that ask for one while another runs share the next.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::back::{BlockBackError, CompletionSink, Submitted};
+use super::engine::{Engine, Outcome};
+use super::faults::Verdict;
+use super::image::Image;
+use super::job::{Job, Progress, Reply};
+use super::latency::{Latencies, Timing};
+use crate::effect::{BlockCompletion, BlockStatus};
+use crate::poll::Bell;
+
+/// Time between two attempts to lock the image that a predecessor still holds.
+const LOCK_PAUSE: Duration = Duration::from_secs(1);
+
+pub(super) struct Worker {
+    pub image: Arc<Image>,
+    pub requests: Receiver<Submitted>,
+    pub bell: Arc<Bell>,
+    pub engine: Box<dyn Engine>,
+    pub complete: CompletionSink,
+    pub latencies: Arc<Latencies>,
+    pub queues: Queues,
+}
+
+/// Jobs that are not at the host.
+#[derive(Default)]
+pub(super) struct Queues {
+    ready: VecDeque<Job>,
+    /// Those that wait for the next sync.
+    to_sync: Vec<Job>,
+    /// Whether one is under way.
+    syncing: bool,
+    /// Those to be tried again some time later.
+    later: Vec<Job>,
+    /// When to try for the lock again.
+    lock_at: Option<Instant>,
+    lock_refused: bool,
+}
+
+impl Queues {
+    fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.to_sync.is_empty() && self.later.is_empty()
+    }
+
+    fn clear(&mut self) {
+        self.ready.clear();
+        self.to_sync.clear();
+        self.later.clear();
+    }
+}
+
+impl Worker {
+    pub fn run(mut self) {
+        if !self.image.locked() {
+            // A side that goes live: until now another host wrote to the image.
+            self.image.forget_cached();
+            self.queues.lock_at = Some(Instant::now());
+        }
+        loop {
+            self.try_lock();
+            let open = self.take_requests();
+            self.take_late();
+            let began = self.begin();
+            let finished = self.finish();
+            if began || finished {
+                continue;
+            }
+            if !open && self.queues.is_empty() && self.engine.under_way() == 0 {
+                return;
+            }
+            self.wait();
+        }
+    }
+
+    /// False if no more can come.
+    fn take_requests(&mut self) -> bool {
+        loop {
+            let submitted = match self.requests.try_recv() {
+                Ok(submitted) => submitted,
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            };
+            match submitted {
+                Submitted::Request { request, at, patient } => {
+                    let id = request.id;
+                    let timing = Timing::begin(&request.op, at);
+                    match Job::new(request, timing, self.image.direct, patient) {
+                        Ok(job) => self.queues.ready.push_back(job),
+                        Err(_) => self.answer(id, BlockStatus::IoError, Vec::new()),
+                    }
+                }
+                Submitted::Stable(told) => self.queues.ready.push_back(Job::stable(told)),
+            }
+        }
+    }
+
+    fn take_late(&mut self) {
+        if self.queues.later.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let due = |job: &mut Job| job.not_before.is_none_or(|at| at <= now);
+        for mut job in self.queues.later.extract_if(.., due) {
+            job.not_before = None;
+            self.queues.ready.push_back(job);
+        }
+    }
+
+    /// Begins what there is and may be. False if nothing changed.
+    fn begin(&mut self) -> bool {
+        if self.image.valve.halted() {
+            self.queues.clear();
+            if self.image.valve.quiet() {
+                self.image.unlock();
+                self.queues.lock_at = None;
+            }
+            return false;
+        }
+        if !self.may_begin() {
+            return false;
+        }
+        let (mut batch, mut failed) = (Vec::new(), false);
+        while batch.len() < self.engine.room()
+            && let Some(mut job) = self.queues.ready.pop_front()
+        {
+            if job.wants_sync() {
+                self.queues.to_sync.push(job);
+                continue;
+            }
+            match self.image.verdict(&mut job) {
+                Verdict::Go => batch.push(job),
+                Verdict::AtMost(bytes) => {
+                    job.at_most = Some(bytes);
+                    batch.push(job);
+                }
+                Verdict::Fail(error) => {
+                    self.advance(job, Err(error));
+                    failed = true;
+                }
+            }
+        }
+        if !self.queues.syncing
+            && batch.len() < self.engine.room()
+            && let Some(mut leader) = self.queues.to_sync.pop()
+        {
+            leader.with = std::mem::take(&mut self.queues.to_sync);
+            if let Verdict::Fail(error) = self.image.verdict(&mut leader) {
+                self.advance_all(leader, Err(error));
+                failed = true;
+            } else {
+                self.queues.syncing = true;
+                batch.push(leader);
+            }
+        }
+        if batch.is_empty() {
+            return failed;
+        }
+        self.engine.begin(batch);
+        true
+    }
+
+    /// Whether there is something to begin and leave to do so; asks to be woken if there is none.
+    fn may_begin(&mut self) -> bool {
+        let valve = &self.image.valve;
+        let waiting = !self.queues.ready.is_empty()
+            || (!self.queues.syncing && !self.queues.to_sync.is_empty());
+        if !waiting || valve.admits() {
+            valve.park(false);
+            return waiting;
+        }
+        valve.park(true);
+        // Whoever gave leave before the line above rang no bell.
+        valve.admits()
+    }
+
+    fn finish(&mut self) -> bool {
+        let mut finished = Vec::new();
+        self.engine.finished(&mut finished);
+        let any = !finished.is_empty();
+        for (mut job, outcome) in finished {
+            if job.wants_sync() {
+                self.queues.syncing = false;
+            }
+            match outcome {
+                Outcome::Refused => {
+                    self.queues.to_sync.append(&mut job.with);
+                    self.queues.ready.push_front(job);
+                }
+                Outcome::Done(result) => self.advance_all(job, result),
+            }
+        }
+        any
+    }
+
+    fn advance_all(&mut self, mut job: Job, result: Result<usize, Errno>) {
+        for other in std::mem::take(&mut job.with) {
+            self.advance(other, result);
+        }
+        self.advance(job, result);
+    }
+
+    fn advance(&mut self, mut job: Job, result: Result<usize, Errno>) {
+        let write_through = self.image.write_through.load(Ordering::Acquire);
+        match job.advance(result, write_through) {
+            Progress::Again if job.not_before.is_some() => self.queues.later.push(job),
+            Progress::Again => self.queues.ready.push_back(job),
+            Progress::Done(result) => self.end(job, result),
+        }
+    }
+
+    fn end(&mut self, job: Job, result: Result<(), Errno>) {
+        if let Err(error) = result {
+            self.image.report(&job, error);
+        }
+        match &job.reply {
+            Reply::Stable(told) => {
+                // Whoever asked may have given up.
+                let _ = told.send(result);
+            }
+            Reply::Completion { id } => {
+                let id = *id;
+                self.latencies.finished(job.timing);
+                match result {
+                    Ok(()) => self.answer(id, BlockStatus::Ok, job.into_data()),
+                    Err(_) => self.answer(id, BlockStatus::IoError, Vec::new()),
+                }
+            }
+        }
+    }
+
+    fn answer(&self, id: u64, status: BlockStatus, data: Vec<u8>) {
+        (self.complete)(BlockCompletion { id, status, data });
+    }
+
+    fn try_lock(&mut self) {
+        let due = self.queues.lock_at.is_some_and(|at| at <= Instant::now());
+        if !due || self.image.valve.halted() {
+            return;
+        }
+        self.queues.lock_at = None;
+        match self.image.lock() {
+            Ok(()) if self.queues.lock_refused => {
+                log::info!("disk image {} is locked for this VM now", self.image.path.display());
+            }
+            Ok(()) => {}
+            Err(error @ BlockBackError::InUse { .. }) => {
+                if !std::mem::replace(&mut self.queues.lock_refused, true) {
+                    log::warn!("{error}; this VM has gone live and takes the lock when it is free");
+                }
+                self.queues.lock_at = Some(Instant::now() + LOCK_PAUSE);
+            }
+            Err(error) => log::warn!("{error}; this VM uses the image without a lock"),
+        }
+    }
+
+    fn wait(&self) {
+        let late = self.queues.later.iter().filter_map(|job| job.not_before);
+        let until = late.chain(self.queues.lock_at).min();
+        let timeout = until.map(|at| at.saturating_duration_since(Instant::now()));
+        if let Err(error) = self.bell.wait_at_most(timeout) {
+            log::error!("disk {}: waiting failed: {error}", self.image.path.display());
+        }
+    }
+}
