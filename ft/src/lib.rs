@@ -6,9 +6,9 @@
 //! messages between the two sides, the state machine of each side, the output gate, lag control, failure
 //! detection, arbiters and digests.
 //!
-//! Nothing here opens a socket, starts a thread or reads a clock: the state machines take messages,
-//! inputs and the time, and answer with actions. What does block, asking an arbiter, is a trait whose
-//! answer comes back as an input. So the code that runs in production also runs in a simulation, where a
+//! The state machines open no socket, start no thread and read no clock: they take messages, inputs and
+//! the time, and answer with actions. What does block, asking an arbiter, is a trait ([`Arbiter`]) whose
+//! answer comes back as an input; its implementations, in [`arbiter`], are all that reaches outside. So the code that runs in production also runs in a simulation, where a
 //! thousand networks fail in a minute.
 //!
 //! The life of a log record: the vCPU thread encodes it ([`codec::Encoder`]) and hands the bytes to
@@ -34,7 +34,7 @@ pub mod record;
 pub mod status;
 pub mod terms;
 
-pub use arbiter::{Arbiter, Claim, FileArbiter, Unreachable};
+pub use arbiter::{Arbiter, ArbiterUrl, BadArbiter, Claim, EtcdArbiter, FileArbiter, Unreachable};
 pub use backup::{Backup, BackupConfig};
 pub use codec::{CodecError, Decoder, Encoder};
 pub use digest::{Component, Digest, PageHasher, Unequal};

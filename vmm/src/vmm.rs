@@ -148,25 +148,27 @@ impl Vmm {
         if self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some()) {
             return Err(refuse("this side is the backup: ask the primary's VMM".into()));
         }
-        let arbiter_url = request.arbiter_url.to_string();
-        let arbiter = ft::arbiter::open(&arbiter_url)
-            .map_err(|error| ControlError::from_error(500, "The arbiter cannot be used", &error))?;
         let timing =
             Timing::new(request.heartbeat_ms, request.failure_timeout_ms, request.max_lag_ms);
         timing
             .check()
             .map_err(|error| ControlError::from_error(400, "The times do not fit", &error))?;
-        let stream = connect(&request.backup_url)?;
         let (pair, generation) = self.membership()?;
+        let arbiter = pair::arbiter::announce(&request.arbiter_url, &pair, generation, &self.who)
+            .map_err(|reason| {
+            let what = "The arbiter cannot be used; both hosts must reach it".to_owned();
+            ControlError { status: 500, chain: vec![what, reason] }
+        })?;
+        let stream = connect(&request.backup_url)?;
         let terms = Terms {
             pair,
             generation,
             timing,
             log_buffer_bytes: request.log_buffer_bytes,
-            arbiter_url,
+            arbiter_url: request.arbiter_url.to_string(),
             disk_mode: request.disk_mode,
         };
-        let parts = self.primary_parts(terms, stream, Arc::from(arbiter))?;
+        let parts = self.primary_parts(terms, stream, arbiter)?;
         let primary = PrimaryThread::start(parts).map_err(|reason| {
             let what = format!("The VM is not protected: {} did not take it", request.backup_url);
             ControlError { status: 500, chain: vec![what, reason] }

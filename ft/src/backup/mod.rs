@@ -214,6 +214,11 @@ impl Backup {
         self.received
     }
 
+    /// What this side claims with.
+    pub fn who(&self) -> &str {
+        &self.config.who
+    }
+
     /// The terms of the pair, once known.
     pub fn terms(&self) -> Option<&Terms> {
         self.terms.as_ref()

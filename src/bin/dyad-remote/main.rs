@@ -79,9 +79,10 @@ enum Command {
     /// Protect the running VM
     ///
     /// The other keys, with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20,
-    /// failure_timeout_ms=200, max_lag_ms=100, log_buffer_bytes=16M.
+    /// failure_timeout_ms=300, max_lag_ms=100, log_buffer_bytes=16M.
     FtEnable {
-        /// backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR[,...]
+        /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,...]; URL is what both hosts must reach: file:/DIR, a
+        /// shared directory, or etcd:[HOST:PORT,HOST:PORT,...]
         options: String,
     },
     /// Show how the VM is protected

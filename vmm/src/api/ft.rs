@@ -1,15 +1,14 @@
 //! Bodies of the calls about protection: `ft.receive`, `ft.enable`, `ft.status`.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 pub use ::ft::status::{CloneStatus, Failover};
+pub use ::ft::{ArbiterUrl, DiskMode, FtStatus};
 use ::ft::{BadTiming, Timing};
-pub use ::ft::{DiskMode, FtStatus};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::types::{UrlError, file_url};
+use super::types::UrlError;
 use crate::config::{OptionString, OptionStringError};
 
 /// A TCP address as users write it: `tcp:HOST:PORT`, IPv6 addresses in brackets.
@@ -52,29 +51,6 @@ impl fmt::Display for TcpUrl {
     }
 }
 
-/// Who decides which side may live: `file:DIR`, a directory both hosts reach.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ArbiterUrl {
-    /// Claims are files created exclusively in this directory.
-    File(PathBuf),
-}
-
-impl FromStr for ArbiterUrl {
-    type Err = UrlError;
-
-    fn from_str(url: &str) -> Result<Self, Self::Err> {
-        file_url(url).map(Self::File).map_err(|_| UrlError::NotArbiter(url.to_owned()))
-    }
-}
-
-impl fmt::Display for ArbiterUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(directory) => write!(f, "file:{}", directory.display()),
-        }
-    }
-}
-
 macro_rules! serde_as_text {
     ($type:ty) => {
         impl Serialize for $type {
@@ -92,7 +68,6 @@ macro_rules! serde_as_text {
 }
 
 serde_as_text!(TcpUrl);
-serde_as_text!(ArbiterUrl);
 
 /// Body of `ft.receive`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -210,6 +185,9 @@ impl FtReceiveConfig {
     }
 }
 
+/// What an arbiter may be, on the command line.
+const ARBITERS: &str = "file:/DIRECTORY or etcd:[HOST:PORT,HOST:PORT,...]";
+
 impl FtEnableConfig {
     /// `backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR,...`
     pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
@@ -228,7 +206,7 @@ impl FtEnableConfig {
             &[],
         )?;
         let backup_url = options.value("backup_url", "tcp:HOST:PORT")?;
-        let arbiter_url = options.value("arbiter_url", "file:/DIRECTORY")?;
+        let arbiter_url = options.value("arbiter_url", ARBITERS)?;
         let default = Self::new(
             backup_url.ok_or(OptionStringError::Missing("backup_url"))?,
             arbiter_url.ok_or(OptionStringError::Missing("arbiter_url"))?,
@@ -293,11 +271,6 @@ mod tests {
             let error = text.parse::<TcpUrl>().unwrap_err();
             assert!(error.to_string().contains("tcp:HOST:PORT"), "{text}");
         }
-        let arbiter: ArbiterUrl = "file:///shared/dir".parse().unwrap();
-        assert_eq!(arbiter.to_string(), "file:/shared/dir");
-        for text in ["file:shared", "/shared", "etcd:http://h:2379", "file:"] {
-            assert!(text.parse::<ArbiterUrl>().is_err(), "{text}");
-        }
     }
 
     #[test]
@@ -321,6 +294,14 @@ mod tests {
             json["log_buffer_bytes"] = json!(1 << 20);
         });
         assert_eq!(FtEnableConfig::from_option(text), Ok(expected.unwrap()));
+        for arbiter in ["etcd:[a:1,[::1]:2]", "\"etcd:a:1,[::1]:2\"", "etcd:[\"a:1\",[::1]:2]"] {
+            let text = format!("arbiter_url={arbiter},backup_url=tcp:10.0.0.2:7700");
+            let expected = enable(|json| json["arbiter_url"] = json!("etcd:a:1,[::1]:2"));
+            assert_eq!(FtEnableConfig::from_option(&text), Ok(expected.unwrap()), "{text}");
+        }
+        let unprotected =
+            FtEnableConfig::from_option("backup_url=tcp:h:1,arbiter_url=etcd:a:1,b:2");
+        assert!(unprotected.unwrap_err().to_string().contains("brackets"));
         let receive = FtReceiveConfig::from_option("listen_url=tcp:0.0.0.0:7700").unwrap();
         assert_eq!(receive.listen_url, "tcp:0.0.0.0:7700".parse().unwrap());
         for text in ["", "backup_url=tcp:h:1", "arbiter_url=file:/a", "backup_url=h", "mode=fast"] {

@@ -141,9 +141,6 @@ pub enum UrlError {
     /// Not `tcp:`.
     #[error("'{0}' is no TCP address: expected tcp:HOST:PORT, as in tcp:10.0.0.2:7700")]
     NotTcp(String),
-    /// An arbiter Dyad does not know.
-    #[error("'{0}' is no arbiter Dyad supports: expected file:/directory/shared/by/both/hosts")]
-    NotArbiter(String),
 }
 
 /// `file:///path`, also in the short form `file:/path`.

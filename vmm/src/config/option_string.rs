@@ -11,7 +11,7 @@ use std::str::FromStr;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionStringError {
     /// A pair without `=`.
-    #[error("'{0}' is no key=value pair")]
+    #[error("'{0}' is no key=value pair; a value that holds commas stands in brackets or quotes")]
     NoValue(String),
     /// A key the option does not have.
     #[error("there is no key '{key}'; the keys are {known}")]

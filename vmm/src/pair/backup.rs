@@ -233,9 +233,11 @@ impl BackupSide {
     }
 
     fn prepare(&mut self, start: &CloneStart) -> Result<(), String> {
+        let (terms, who) = (&start.terms, self.core.machine.who());
         let arbiter =
-            ft::arbiter::open(&start.terms.arbiter_url).map_err(|error| error.to_string())?;
-        self.arbiter = Some(Arc::from(arbiter));
+            super::arbiter::verify(&terms.arbiter_url, &terms.pair, terms.generation, who)
+                .map_err(|reason| format!("it cannot use the arbiter: {reason}"))?;
+        self.arbiter = Some(arbiter);
         self.memory = Some(self.host.prepare(start)?);
         Ok(())
     }

@@ -14,6 +14,7 @@
 //! What must hold: an output reaches a back half only through [`ft::OutputGate`], as far as
 //! [`ft::Primary`] says. The decisions are all in `ft`; these files only carry them out, in order.
 
+pub mod arbiter;
 pub mod backup;
 mod channel;
 pub mod clone;
@@ -154,10 +155,7 @@ fn claim(
     let answer_later = Arc::clone(&answer);
     let spawned = std::thread::Builder::new().name("arbiter".into()).spawn(move || {
         let result = arbiter.claim(&pair, generation, &who);
-        answer_later(result.map_err(|error| {
-            let cause = &error.source;
-            format!("{error}: {cause}")
-        }));
+        answer_later(result.map_err(|error| arbiter::describe(&error)));
     });
     if let Err(error) = spawned {
         answer(Err(format!("cannot start a thread: {error}")));
