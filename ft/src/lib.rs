@@ -31,6 +31,7 @@ pub mod lag;
 pub mod message;
 pub mod primary;
 pub mod record;
+pub mod search;
 pub mod status;
 pub mod terms;
 
@@ -46,6 +47,7 @@ pub use kept::KeptOutputs;
 pub use message::{FrameReader, Message, MessageError};
 pub use primary::{Primary, PrimaryConfig};
 pub use record::{Entry, Record};
+pub use search::Search;
 pub use status::{Failover, FtStatus};
 pub use terms::{BadTiming, Capabilities, DiskMode, PROTOCOL_VERSION, Terms, Timing};
 

@@ -51,6 +51,26 @@ pub struct FtStatus {
     pub clone: Option<CloneStatus>,
     /// The last failover of this VM on this side.
     pub last_failover: Option<Failover>,
+    /// How this side looks for a backup; absent if nobody wants the VM protected, or it is the backup.
+    pub reprotection: Option<Reprotection>,
+}
+
+/// The search for a standby that holds the next backup; see [`crate::Search`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reprotection {
+    /// `searching`, `asking`, `copying`, `protected`; `resynchronising` from when the backup was found to
+    /// differ until a fresh copy is complete; `no standby` if this side knows none but itself.
+    pub state: String,
+    /// All that may be asked, in turn.
+    pub standbys: Vec<String>,
+    /// The one that is asked next, is being asked, or holds the backup.
+    pub standby: Option<String>,
+    /// How many were asked since protection last lasted.
+    pub attempts: u64,
+    /// Milliseconds until the next is asked.
+    pub next_attempt_ms: Option<u64>,
+    /// Why the last attempt failed, or protection ended.
+    pub last_error: Option<String>,
 }
 
 /// How far the log has come.

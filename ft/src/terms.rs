@@ -217,4 +217,8 @@ pub struct Terms {
     pub arbiter_url: String,
     /// How disks are held.
     pub disk_mode: DiskMode,
+    /// Where backups may be made, as `tcp:HOST:PORT`: the side that goes on alone looks there for the next.
+    pub standbys: Vec<String>,
+    /// Which of them this backup is; it need not be its own successor.
+    pub standby: String,
 }

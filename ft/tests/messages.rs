@@ -29,6 +29,8 @@ fn terms() -> Terms {
         log_buffer_bytes: 1 << 20,
         arbiter_url: "file:/shared".into(),
         disk_mode: DiskMode::Shared,
+        standbys: vec!["tcp:a:7700".into(), "tcp:b:7700".into()],
+        standby: "tcp:b:7700".into(),
     }
 }
 

@@ -27,7 +27,7 @@ use crate::config::{ConsoleMode, DiskConfig, LockGranularity, NetConfig, VmConfi
 use crate::machine::{self, Kind};
 use crate::pci::PciError;
 use crate::run_loop::outgoing::Outlet;
-use crate::vmm::chain;
+use crate::shared::chain;
 
 /// Where events go. Called on the back halves' threads; must not wait for any of them.
 pub type EventSink = Arc<dyn Fn(Event) + Send + Sync>;

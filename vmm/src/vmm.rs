@@ -1,92 +1,57 @@
 //! The VMM of a process: at most one VM, driven by the control thread.
 //!
-//! Everything here happens on the control thread, except what [`BackupHost`] and [`PrimaryObserver`] do
-//! on an ft thread and [`VmDoorbell`] on the vCPU thread. Those meet the control thread in [`State`]. What must
-//! hold: its lock is held for moments only, and never while waiting for another thread.
+//! Everything here happens on the control thread. It meets the ft threads and the vCPU thread in [`Shared`]
+//! and in [`Protection`].
 
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::net::TcpListener;
+use std::sync::{Arc, MutexGuard};
 
-use ft::message::CloneStart;
-use ft::status::Failover;
-use ft::{
-    BackupConfig, Capabilities, ExecutionPoint, Generation, PairId, PrimaryConfig, Terms, Timing,
-    Unequal,
-};
-use hypervisor::{GuestMemory, Hypervisor};
+use ft::BackupConfig;
+use hypervisor::Hypervisor;
 
 use crate::api::types::{RestoreConfig, SnapshotConfig};
 use crate::api::{
-    Control, ControlError, Counters, Doorbell, FtEnableConfig, FtReceiveConfig, FtStatus, TcpUrl,
-    VmEnd, VmInfo, VmState,
+    Control, ControlError, Counters, Doorbell, FtEnableConfig, FtReceiveConfig, FtStatus, VmEnd,
+    VmInfo, VmState,
 };
-use crate::boot::Payload;
 use crate::config::VmConfig;
 use crate::event_monitor::EventMonitor;
-use crate::pair::backup::BackupHost;
-use crate::pair::clone::{CloneHeader, CloneState};
-use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
+use crate::pair;
+use crate::pair::backup::{BackupControl, BackupHost};
 use crate::pair::receive::Receiver;
-use crate::pair::{self, MACHINE_MODEL};
+use crate::protection::{Protection, Request};
 use crate::run_loop::inbox::InboxSender;
-use crate::run_loop::outgoing::Outlet;
-use crate::run_loop::replay::Replay;
 use crate::run_loop::{self, Command, CommandError};
-use crate::vm::{Prepared, Vm, VmDoorbell};
-
-/// How long a backup may take to accept a TCP connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the end of protection is waited for before the VM is taken down.
-const DISABLE_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::shared::{Shared, State};
+use crate::standby::Standby;
+use crate::vm::Vm;
 
 /// One process's VMM.
 pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
-    doorbell: Doorbell,
-    events: EventMonitor,
     /// Names this process among all that ever claim.
     who: String,
-    state: Arc<Mutex<State>>,
-    primary: Option<PrimaryThread>,
+    shared: Shared,
+    protection: Protection,
     receiver: Option<Receiver>,
-}
-
-/// What more than one thread changes.
-#[derive(Default)]
-struct State {
-    config: Option<VmConfig>,
-    vm: Option<Vm>,
-    end: Option<VmEnd>,
-    /// The VM lives elsewhere now, or may do: here it stands still for good.
-    halted: bool,
-    /// The pair this VM is or was part of, and the generation it lives in.
-    membership: Option<(PairId, Generation)>,
-    /// What remains to be told of protection that has ended.
-    last: FtStatus,
 }
 
 impl Vmm {
     /// A VMM without a VM. `doorbell` wakes the control thread, `events` is told of changes.
     #[must_use]
     pub fn new(hypervisor: Arc<dyn Hypervisor>, doorbell: Doorbell, events: EventMonitor) -> Self {
-        Self {
-            hypervisor,
-            doorbell,
-            events,
-            who: process_name(),
-            state: Arc::default(),
-            primary: None,
-            receiver: None,
-        }
+        let (who, shared) = (process_name(), Shared::new(doorbell, events));
+        let protection = Protection::new(who.clone(), shared.clone());
+        Self { hypervisor, who, shared, protection, receiver: None }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.shared.lock()
     }
 
-    fn vm_doorbell(&self) -> Box<dyn VmDoorbell> {
-        Box::new(EndOfVm { state: Arc::clone(&self.state), doorbell: self.doorbell.clone() })
+    /// The backup held, unless it has gone live.
+    fn backup(&self) -> Option<BackupControl> {
+        self.receiver.as_ref()?.current().filter(|backup| backup.status().role == "backup")
     }
 
     /// Runs `f` with the way to the vCPU thread, not holding the lock.
@@ -100,29 +65,14 @@ impl Vmm {
         f(&inbox).map_err(|error| ControlError::from_error(500, what, &error))
     }
 
-    /// Ends protection from this side, if there is any: the backup must not outlive the VM.
-    fn end_protection(&mut self, reason: &str) {
-        if let Some(primary) = self.primary.take() {
-            let disable = ft::primary::Input::Disable { reason: reason.to_owned() };
-            match primary.command(disable) {
-                Ok(()) => {
-                    if !primary.wait(DISABLE_TIMEOUT) {
-                        log::warn!(
-                            "the end of protection is not confirmed: {}",
-                            primary.status().state
-                        );
-                    }
-                }
-                Err(reason) => log::info!("protection had ended: {reason}"),
-            }
-            self.lock().last = primary.status();
+    fn take_down(&mut self, reason: &str) -> Option<VmConfig> {
+        // The backup must not outlive the VM.
+        if let Err(reason) = self.protection.end(reason) {
+            log::info!("no protection was ended: {reason}");
         }
+        self.protection.forget();
         // Discards a backup that is not live.
         self.receiver = None;
-    }
-
-    fn take_down(&mut self, reason: &str) -> Option<VmConfig> {
-        self.end_protection(reason);
         let mut state = self.lock();
         state.end = None;
         state.halted = false;
@@ -132,104 +82,6 @@ impl Vmm {
         drop(state);
         drop(vm);
         config
-    }
-
-    fn protect(&mut self, request: &FtEnableConfig) -> Result<(), ControlError> {
-        let refuse = |text: String| ControlError::new(500, text);
-        if !self.hypervisor.counts_exactly() {
-            let name = self.hypervisor.name();
-            return Err(refuse(format!(
-                "protection in lockstep needs a hypervisor that counts instructions exactly; this VM runs on {name}: start dyad with --hypervisor soft"
-            )));
-        }
-        if self.primary.as_ref().is_some_and(|primary| !primary.ended()) {
-            return Err(refuse("the VM is protected already, or about to be".into()));
-        }
-        if self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some()) {
-            return Err(refuse("this side is the backup: ask the primary's VMM".into()));
-        }
-        let timing =
-            Timing::new(request.heartbeat_ms, request.failure_timeout_ms, request.max_lag_ms);
-        timing
-            .check()
-            .map_err(|error| ControlError::from_error(400, "The times do not fit", &error))?;
-        let (pair, generation) = self.membership()?;
-        let arbiter = pair::arbiter::announce(&request.arbiter_url, &pair, generation, &self.who)
-            .map_err(|reason| {
-            let what = "The arbiter cannot be used; both hosts must reach it".to_owned();
-            ControlError { status: 500, chain: vec![what, reason] }
-        })?;
-        let stream = connect(&request.backup_url)?;
-        let terms = Terms {
-            pair,
-            generation,
-            timing,
-            log_buffer_bytes: request.log_buffer_bytes,
-            arbiter_url: request.arbiter_url.to_string(),
-            disk_mode: request.disk_mode,
-        };
-        let parts = self.primary_parts(terms, stream, arbiter)?;
-        let primary = PrimaryThread::start(parts).map_err(|reason| {
-            let what = format!("The VM is not protected: {} did not take it", request.backup_url);
-            ControlError { status: 500, chain: vec![what, reason] }
-        })?;
-        self.primary = Some(primary);
-        Ok(())
-    }
-
-    /// The pair's identity, made when a VM is first protected.
-    fn membership(&self) -> Result<(PairId, Generation), ControlError> {
-        let mut state = self.lock();
-        if let Some(membership) = &state.membership {
-            return Ok(membership.clone());
-        }
-        let pair = PairId::new(format!("vm-{}", random_hex()))
-            .map_err(|error| ControlError::from_error(500, "Cannot name the pair", &error))?;
-        let membership = (pair, Generation(1));
-        state.membership = Some(membership.clone());
-        Ok(membership)
-    }
-
-    fn primary_parts(
-        &self,
-        terms: Terms,
-        stream: TcpStream,
-        arbiter: Arc<dyn ft::Arbiter>,
-    ) -> Result<PrimaryParts, ControlError> {
-        let state = self.lock();
-        let vm =
-            state.vm.as_ref().ok_or_else(|| ControlError::new(500, "The VM is not running"))?;
-        let config = serde_json::to_string(vm.config()).map_err(|error| {
-            ControlError::from_error(500, "Cannot encode the configuration", &error)
-        })?;
-        let header = CloneHeader { config, host: vm.host().clone() };
-        let capabilities = Capabilities {
-            cpu_model: MACHINE_MODEL.into(),
-            memory_bytes: vm.config().memory.size,
-            devices: devices(vm.config()),
-            disk_modes: vec![terms.disk_mode],
-        };
-        let observer = Observer {
-            state: Arc::clone(&self.state),
-            doorbell: self.doorbell.clone(),
-            events: self.events.clone(),
-            pair: terms.pair.clone(),
-        };
-        Ok(PrimaryParts {
-            config: PrimaryConfig {
-                terms,
-                who: self.who.clone(),
-                capabilities,
-                vm_config: crate::guest::encode(&header),
-            },
-            stream,
-            arbiter,
-            inbox: vm.inbox().clone(),
-            memory: vm.memory().clone(),
-            payload: Arc::clone(vm.payload()),
-            outlet: Arc::clone(vm.back_halves()) as Arc<dyn Outlet>,
-            observer: Box::new(observer),
-        })
     }
 }
 
@@ -263,7 +115,7 @@ impl Control for Vmm {
         config.validate().map_err(|error| {
             ControlError::from_error(error.status(), "The configuration cannot be booted", &error)
         })?;
-        let vm = Vm::boot(&*self.hypervisor, &config, self.vm_doorbell())
+        let vm = Vm::boot(&*self.hypervisor, &config, self.shared.vm_doorbell())
             .map_err(|error| ControlError::from_error(500, "The VM could not boot", &error))?;
         let mut state = self.lock();
         state.config = Some(config);
@@ -355,7 +207,7 @@ impl Control for Vmm {
         let fail =
             |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);
         let directory = config.directory().map_err(|error| fail(&error))?;
-        let vm = Vm::from_snapshot(&*self.hypervisor, &directory, self.vm_doorbell())
+        let vm = Vm::from_snapshot(&*self.hypervisor, &directory, self.shared.vm_doorbell())
             .map_err(|error| fail(&error))?;
         let mut state = self.lock();
         state.config = Some(vm.config().clone());
@@ -381,15 +233,17 @@ impl Control for Vmm {
         let fail = |error: std::io::Error| ControlError::from_error(500, what.clone(), &error);
         let url = &config.listen_url;
         let listener = TcpListener::bind((url.host.as_str(), url.port)).map_err(fail)?;
-        let host = Host {
-            hypervisor: Arc::clone(&self.hypervisor),
-            state: Arc::clone(&self.state),
-            doorbell: self.doorbell.clone(),
-            events: self.events.clone(),
-            prepared: None,
-        };
+        let (hypervisor, shared) = (Arc::clone(&self.hypervisor), self.shared.clone());
+        let protection = self.protection.clone();
         let backup = BackupConfig { who: self.who.clone(), capabilities: pair::capabilities() };
-        let make_host = Box::new(move || Box::new(host.again()) as Box<dyn BackupHost>);
+        let make_host = Box::new(move || {
+            Box::new(Standby {
+                hypervisor: Arc::clone(&hypervisor),
+                shared: shared.clone(),
+                protection: protection.clone(),
+                prepared: None,
+            }) as Box<dyn BackupHost>
+        });
         self.receiver = Some(Receiver::start(listener, backup, make_host).map_err(fail)?);
         Ok(())
     }
@@ -398,23 +252,34 @@ impl Control for Vmm {
         config.validate().map_err(|error| {
             ControlError::from_error(400, "The VM cannot be protected in this way", &error)
         })?;
-        self.protect(config)
+        if !self.hypervisor.counts_exactly() {
+            let name = self.hypervisor.name();
+            return Err(ControlError::new(
+                500,
+                format!(
+                    "protection in lockstep needs a hypervisor that counts instructions exactly; this VM runs on {name}: start dyad with --hypervisor soft"
+                ),
+            ));
+        }
+        if self.backup().is_some() {
+            let text = "this side is the backup: ask the primary's VMM";
+            return Err(ControlError::new(500, text));
+        }
+        self.protection.enable(Request::of(config))
     }
 
     fn ft_status(&self) -> Result<FtStatus, ControlError> {
-        if let Some(primary) = &self.primary {
-            return Ok(primary.status());
+        if let Some(status) = self.protection.status() {
+            return Ok(status);
+        }
+        if let Some(backup) = self.backup() {
+            return Ok(backup.status());
         }
         let mut status = self.lock().last.clone();
-        if let Some(receiver) = &self.receiver {
-            if let Some(backup) = receiver.current() {
-                return Ok(backup.status());
-            }
-            if !receiver.ended() {
-                status.role = "backup".into();
-                status.state = "listening".into();
-                status.peer = None;
-            }
+        if self.receiver.as_ref().is_some_and(|receiver| !receiver.ended()) {
+            status.role = "backup".into();
+            status.state = "listening".into();
+            status.peer = None;
         }
         if status.role.is_empty() {
             status.role = "none".into();
@@ -424,10 +289,9 @@ impl Control for Vmm {
     }
 
     fn ft_failover(&mut self) -> Result<(), ControlError> {
-        let result = match (&self.primary, self.receiver.as_ref().and_then(Receiver::current)) {
-            (Some(primary), _) => primary.command(ft::primary::Input::HandOver),
-            (None, Some(backup)) => backup.command(ft::backup::Input::TakeOver),
-            (None, None) => Err("this VM is not protected".into()),
+        let result = match self.backup() {
+            Some(backup) => backup.command(ft::backup::Input::TakeOver),
+            None => self.protection.hand_over(),
         };
         result.map_err(|reason| ControlError {
             status: 500,
@@ -436,20 +300,12 @@ impl Control for Vmm {
     }
 
     fn ft_disable(&mut self) -> Result<(), ControlError> {
-        if self.primary.as_ref().is_none_or(PrimaryThread::ended) {
-            let backup =
-                self.receiver.as_ref().is_some_and(|receiver| receiver.current().is_some());
-            let text = if backup {
-                "this side is the backup: ask the primary's VMM"
-            } else {
-                "the VM is not protected"
-            };
+        if self.backup().is_some() {
+            let text = "this side is the backup: ask the primary's VMM";
             return Err(ControlError::new(500, text));
         }
-        let receiver = self.receiver.take();
-        self.end_protection("protection was disabled");
-        self.receiver = receiver;
-        Ok(())
+        let ended = self.protection.end("protection was disabled");
+        ended.map_err(|reason| ControlError::new(500, reason))
     }
 
     fn ended(&self) -> Option<VmEnd> {
@@ -457,229 +313,10 @@ impl Control for Vmm {
     }
 }
 
-/// Tells the control thread that the guest has ended.
-struct EndOfVm {
-    state: Arc<Mutex<State>>,
-    doorbell: Doorbell,
-}
-
-impl VmDoorbell for EndOfVm {
-    fn powered_off(&self) {
-        lock(&self.state).end = Some(VmEnd::PowerOff);
-        self.doorbell.ring();
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.protection.close();
     }
-
-    fn failed(&self, reason: String) {
-        lock(&self.state).end = Some(VmEnd::Failure(reason));
-        self.doorbell.ring();
-    }
-}
-
-/// What a primary's ft thread reports.
-struct Observer {
-    state: Arc<Mutex<State>>,
-    doorbell: Doorbell,
-    events: EventMonitor,
-    pair: PairId,
-}
-
-impl PrimaryObserver for Observer {
-    fn changed(&self, state: &'static str, reason: Option<&str>) {
-        tell_change(&self.events, "primary", state, reason);
-    }
-
-    fn protected(&self) {
-        log::info!("the VM is protected");
-    }
-
-    fn abandoned(&self, reason: &str) {
-        log::warn!("the VM is not protected: {reason}");
-    }
-
-    fn alone(&self, generation: Generation, failover: &Failover) {
-        log::warn!("the VM runs on without a backup: {}", failover.cause);
-        lock(&self.state).membership = Some((self.pair.clone(), generation));
-    }
-
-    fn halted(&self, reason: &str) {
-        log::warn!("the VM has been halted here: {reason}");
-        let mut state = lock(&self.state);
-        state.halted = true;
-        if let Some(vm) = &state.vm {
-            vm.back_halves().halt_disks();
-        }
-        drop(state);
-        self.doorbell.ring();
-    }
-
-    fn diverged(&self, point: ExecutionPoint, unequal: &Unequal) {
-        log::error!("the backup's {} differs at point {}", unequal.component, point.0);
-    }
-}
-
-/// Holds the VM of a backup.
-struct Host {
-    hypervisor: Arc<dyn Hypervisor>,
-    state: Arc<Mutex<State>>,
-    doorbell: Doorbell,
-    events: EventMonitor,
-    prepared: Option<Prepared>,
-}
-
-impl Host {
-    /// For the next connection.
-    fn again(&self) -> Self {
-        Self {
-            hypervisor: Arc::clone(&self.hypervisor),
-            state: Arc::clone(&self.state),
-            doorbell: self.doorbell.clone(),
-            events: self.events.clone(),
-            prepared: None,
-        }
-    }
-
-    fn vm_doorbell(&self) -> Box<dyn VmDoorbell> {
-        Box::new(EndOfVm { state: Arc::clone(&self.state), doorbell: self.doorbell.clone() })
-    }
-}
-
-impl BackupHost for Host {
-    fn prepare(&mut self, start: &CloneStart) -> Result<GuestMemory, String> {
-        let header: CloneHeader = postcard::from_bytes(&start.config)
-            .map_err(|error| format!("the primary's description of the VM is damaged: {error}"))?;
-        let config: VmConfig = serde_json::from_str(&header.config)
-            .map_err(|error| format!("the primary's configuration cannot be read: {error}"))?;
-        config
-            .validate()
-            .map_err(|error| format!("the backup cannot run this VM: {}", chain(&error)))?;
-        let prepared = Prepared::new(&*self.hypervisor, config, Some(header.host.clone()))
-            .map_err(|error| format!("the backup cannot take this VM: {}", chain(&error)))?;
-        let sectors = prepared.disk_sectors();
-        if sectors != header.host.disk_sectors {
-            return Err(format!(
-                "the disks differ: {:?} sectors on the primary, {sectors:?} on the backup",
-                header.host.disk_sectors
-            ));
-        }
-        let memory = prepared.memory().clone();
-        self.prepared = Some(prepared);
-        Ok(memory)
-    }
-
-    fn load(
-        &mut self,
-        payload: Payload,
-        state: CloneState,
-        replay: Replay,
-    ) -> Result<InboxSender<run_loop::Message>, String> {
-        let prepared = self.prepared.take().ok_or("the state came before the configuration")?;
-        let vm = prepared
-            .replay(payload, &state.guest, state.paused, replay, self.vm_doorbell())
-            .map_err(|error| format!("the backup cannot load this VM: {}", chain(&error)))?;
-        let inbox = vm.inbox().clone();
-        let mut shared = lock(&self.state);
-        shared.config = Some(vm.config().clone());
-        shared.vm = Some(vm);
-        Ok(inbox)
-    }
-
-    fn outlet(&self) -> Option<Arc<dyn Outlet>> {
-        let state = lock(&self.state);
-        state.vm.as_ref().map(|vm| Arc::clone(vm.back_halves()) as Arc<dyn Outlet>)
-    }
-
-    fn changed(&mut self, state: &'static str, reason: Option<&str>) {
-        tell_change(&self.events, "backup", state, reason);
-    }
-
-    fn protected(&mut self) {
-        log::info!("this side protects the VM");
-    }
-
-    fn live(&mut self, terms: &Terms, status: FtStatus, generation: Generation) {
-        let mut state = lock(&self.state);
-        state.membership = Some((terms.pair.clone(), generation));
-        state.last = status;
-        let backends = state.vm.as_ref().map(|vm| Arc::clone(vm.back_halves()));
-        drop(state);
-        let Some(backends) = backends else { return };
-        if let Err(error) = backends.start() {
-            lock(&self.state).end = Some(VmEnd::Failure(chain(&error)));
-            self.doorbell.ring();
-        }
-    }
-
-    fn discarded(&mut self, reason: &str) {
-        log::warn!("the backup was discarded: {reason}");
-        self.prepared = None;
-        let mut state = lock(&self.state);
-        state.config = None;
-        let vm = state.vm.take();
-        state.last.reason = Some(reason.to_owned());
-        drop(state);
-        drop(vm);
-    }
-}
-
-/// For the log and the event monitor.
-fn tell_change(events: &EventMonitor, role: &str, state: &str, reason: Option<&str>) {
-    match reason {
-        Some(reason) => log::info!("{role}: {state}: {reason}"),
-        None => log::info!("{role}: {state}"),
-    }
-    let reason = reason.unwrap_or_default();
-    let properties = [("role", role), ("state", state), ("reason", reason)];
-    events.event_with("ft", "changed", properties.map(|(name, value)| (name, value.to_owned())));
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
-}
-
-fn connect(url: &TcpUrl) -> Result<TcpStream, ControlError> {
-    let what =
-        format!("No backup answers at {url}: is dyad running there, and did it get ft.receive?");
-    let fail = |error: std::io::Error| ControlError::from_error(500, what.clone(), &error);
-    let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
-    for address in (url.host.as_str(), url.port).to_socket_addrs().map_err(fail)? {
-        match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(fail(last))
-}
-
-/// The kinds of device that a configuration uses, as [`pair::capabilities`] names them.
-fn devices(config: &VmConfig) -> Vec<String> {
-    let mut devices = vec!["virtio-rng"];
-    if !config.disks().is_empty() {
-        devices.push("virtio-blk");
-    }
-    if !config.net().is_empty() {
-        devices.push("virtio-net");
-    }
-    if config.console.mode != crate::config::ConsoleMode::Off {
-        devices.push("virtio-console");
-    }
-    if config.serial.mode != crate::config::ConsoleMode::Off {
-        devices.push("serial");
-    }
-    devices.into_iter().map(String::from).collect()
 }
 
 /// Host name, process and a random number: no other process has it, ever.
@@ -690,7 +327,7 @@ fn process_name() -> String {
     format!("{host}/{}/{}", std::process::id(), random_hex())
 }
 
-fn random_hex() -> String {
+pub(crate) fn random_hex() -> String {
     let high = random_bytes();
     let low = random_bytes();
     high.iter().chain(&low).map(|byte| format!("{byte:02x}")).collect()

@@ -22,6 +22,8 @@ pub fn terms(generation: u64) -> Terms {
         log_buffer_bytes: 4_000,
         arbiter_url: "file:/nowhere".into(),
         disk_mode: DiskMode::Shared,
+        standbys: vec!["tcp:a:7700".into(), "tcp:b:7700".into()],
+        standby: "tcp:b:7700".into(),
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Plan {
     pub death: Death,
     /// Connections under load.
     pub connections: usize,
+    /// Whether each survivor makes its next backup by itself, or is asked to.
+    pub by_itself: bool,
 }
 
 /// One kill and what came of it.
@@ -115,7 +117,12 @@ impl Plan {
         let mut random = StdRng::seed_from_u64(self.seed);
         let mut kills = Vec::new();
         for number in 1..=self.kills {
-            let protected = pair.protect().with_context(|| format!("before kill {number}"))?;
+            let protected = match (self.by_itself, number) {
+                (false, _) => pair.protect(),
+                (true, 1) => pair.protect_for_good(),
+                (true, _) => pair.reprotect(),
+            };
+            let protected = protected.with_context(|| format!("before kill {number}"))?;
             // A random moment under load: at least one answer has passed the gate, then chance decides.
             load.wait_for_answers(load.answered() + 1)?;
             std::thread::sleep(Duration::from_micros(random.random_range(0..2_000_000)));

@@ -76,16 +76,54 @@ impl Pair {
     ///
     /// If either side refuses or both are not protected within [`CHANGE`].
     pub fn protect(&mut self) -> Result<Protected> {
-        let other = self.side.other();
-        let backup = self.lab.start(other, &[])?;
-        let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
-        backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
+        self.protect_with(&[])
+    }
+
+    /// As [`Self::protect`], for good: both hosts are standbys, so that whoever survives makes the next
+    /// backup by itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::protect`].
+    pub fn protect_for_good(&mut self) -> Result<Protected> {
+        self.protect_with(&[Side::A, Side::B])
+    }
+
+    fn protect_with(&mut self, standbys: &[Side]) -> Result<Protected> {
+        let (backup, listen) = self.start_standby()?;
         let started = Instant::now();
-        let enable = json!({
-            "backup_url": listen,
-            "arbiter_url": format!("file:{}", self.lab.claims().display()),
-        });
-        self.primary.api().put_json("ft.enable", &enable)?;
+        // A live side that looks for a backup finds it without being asked.
+        if self.status()?.reprotection.is_none_or(|search| search.state == "no standby") {
+            let mut enable = json!({
+                "backup_url": listen,
+                "arbiter_url": format!("file:{}", self.lab.claims().display()),
+            });
+            if !standbys.is_empty() {
+                enable["standbys"] = standbys.iter().copied().map(listen_url).collect();
+            }
+            self.primary.api().put_json("ft.enable", &enable)?;
+        }
+        self.wait_until_protected(backup, started)
+    }
+
+    /// Starts a fresh `dyad` on the other host, where the live side finds it by itself.
+    ///
+    /// # Errors
+    ///
+    /// If both are not protected within [`CHANGE`].
+    pub fn reprotect(&mut self) -> Result<Protected> {
+        let (backup, _) = self.start_standby()?;
+        self.wait_until_protected(backup, Instant::now())
+    }
+
+    fn start_standby(&self) -> Result<(Vmm, String)> {
+        let other = self.side.other();
+        let (standby, listen) = (self.lab.start(other, &[])?, listen_url(other));
+        standby.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
+        Ok((standby, listen))
+    }
+
+    fn wait_until_protected(&mut self, backup: Vmm, started: Instant) -> Result<Protected> {
         let status = wait_for_status(&self.primary, "protected", |status| {
             status.role == "primary" && status.state == "protected"
         })?;
@@ -208,6 +246,11 @@ impl Pair {
         self.lab.disk.check()?;
         Ok(self.lab)
     }
+}
+
+/// Where a standby on this host waits.
+fn listen_url(side: Side) -> String {
+    format!("tcp:{}:{LOGGING_PORT}", side.address())
 }
 
 /// Waits until `condition` holds for `ft.status` of `vmm`.

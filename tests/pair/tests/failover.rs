@@ -1,6 +1,7 @@
 //! A protected guest and everything that can happen to its two sides.
 
 use anyhow::{Context, Result, ensure};
+use ft::FtStatus;
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
 use nix::sys::signal::Signal;
@@ -12,8 +13,8 @@ use std::time::Instant;
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 
-fn kills(kills: u32, death: Death) -> Result<()> {
-    let plan = Plan { kills, seed: 1, death, connections: 2 };
+fn kills(kills: u32, death: Death, by_itself: bool) -> Result<()> {
+    let plan = Plan { kills, seed: 1, death, connections: 2, by_itself };
     let account = plan.run(Lab::new()?, |kill| {
         println!("kill {}: first answer after {:?}", kill.number, kill.failover);
     })?;
@@ -27,7 +28,7 @@ fn three_kills_go_unnoticed() -> Result<()> {
     if !met("three kills of the primary", &NEEDS) {
         return Ok(());
     }
-    kills(3, Death::Process)
+    kills(3, Death::Process, false)
 }
 
 #[test]
@@ -35,7 +36,59 @@ fn hosts_that_die_without_a_word_go_unnoticed() -> Result<()> {
     if !met("kills with the cables pulled", &NEEDS) {
         return Ok(());
     }
-    kills(2, Death::Host)
+    kills(2, Death::Host, false)
+}
+
+#[test]
+fn repeated_kills_on_alternating_hosts_reprotect_by_themselves() -> Result<()> {
+    if !met("kills on alternating hosts", &NEEDS) {
+        return Ok(());
+    }
+    kills(4, Death::Process, true)
+}
+
+#[test]
+fn a_lost_backup_is_replaced_until_protection_is_disabled() -> Result<()> {
+    if !met("backups killed", &NEEDS) {
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    let load = pair.lab.load(Options::new(pair.lab.service()?, "standby"))?;
+    losses_of_backups(&mut pair, &load).with_context(|| pair.describe())?;
+    let answers = load.stop()?;
+    let lab = pair.power_off()?;
+    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
+    ensure!(verdict.is_clean(), "{verdict:?}");
+    Ok(())
+}
+
+fn losses_of_backups(pair: &mut Pair, load: &Load) -> Result<()> {
+    let searching = |status: &FtStatus| {
+        status.reprotection.as_ref().is_some_and(|search| search.state == "searching")
+    };
+    pair.protect()?;
+    for _ in 0..2 {
+        progress(load, 20)?;
+        pair.kill_backup()?;
+        let status = wait_for_status(&pair.primary, "searching", searching)?;
+        ensure!(status.role == "alone", "{status:?}");
+        pair.reprotect().context("the backup's host is back")?;
+    }
+    progress(load, 20)?;
+    pair.kill_primary(Death::Process)?;
+    let status = pair.wait_until_alone().context("the last backup is as good as the first")?;
+    let search = status.reprotection.context("it was to be protected")?;
+    ensure!(search.state == "no standby", "nobody told it of another: {search:?}");
+    progress(load, 20)?;
+
+    pair.protect_for_good()?;
+    pair.kill_backup()?;
+    wait_for_status(&pair.primary, "searching", searching)?;
+    pair.primary.api().put("ft.disable")?;
+    let status = pair.wait_until_alone().context("after disable")?;
+    ensure!(status.reprotection.is_none(), "{status:?}");
+    ensure!(pair.primary.api().put("ft.disable").is_err(), "nothing is left to be disabled");
+    Ok(())
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use ::ft::search::MAX_STANDBYS;
 pub use ::ft::status::{CloneStatus, Failover};
 pub use ::ft::{ArbiterUrl, DiskMode, FtStatus};
 use ::ft::{BadTiming, Timing};
@@ -79,8 +80,13 @@ pub struct FtReceiveConfig {
 /// Body of `ft.enable`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FtEnableConfig {
-    /// The backup's `listen_url`, as seen from here.
-    pub backup_url: TcpUrl,
+    /// The backup's `listen_url`, as both hosts see it: the first choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup_url: Option<TcpUrl>,
+    /// Where else backups may be made, in order of preference. Whichever side goes on alone makes the next
+    /// backup at one of these by itself; so both hosts should be among them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub standbys: Vec<TcpUrl>,
     /// How the backup follows.
     #[serde(default)]
     pub mode: FtMode,
@@ -129,6 +135,12 @@ pub enum FtConfigError {
     /// A mode Dyad does not have yet.
     #[error("Dyad does not support {0} yet")]
     Unsupported(&'static str),
+    /// Nobody to ask.
+    #[error("neither 'backup_url' nor 'standbys' names a backup")]
+    NoStandby,
+    /// More than anybody has.
+    #[error("'standbys' names {0}; name at most {MAX_STANDBYS}")]
+    Standbys(usize),
     /// Times that cannot work.
     #[error(transparent)]
     Timing(#[from] BadTiming),
@@ -144,7 +156,8 @@ impl FtEnableConfig {
     /// The least one can say: both sides' addresses, all else by default.
     pub fn new(backup_url: TcpUrl, arbiter_url: ArbiterUrl) -> Self {
         Self {
-            backup_url,
+            backup_url: Some(backup_url),
+            standbys: Vec::new(),
             mode: FtMode::default(),
             arbiter_url,
             disk_mode: default_disk_mode(),
@@ -163,11 +176,22 @@ impl FtEnableConfig {
         if self.disk_mode == DiskMode::Mirrored {
             return Err(FtConfigError::Unsupported("mirrored disks: 'disk_mode' mirrored"));
         }
+        if self.candidates().next().is_none() {
+            return Err(FtConfigError::NoStandby);
+        }
+        if self.standbys.len() > MAX_STANDBYS {
+            return Err(FtConfigError::Standbys(self.standbys.len()));
+        }
         self.timing().check()?;
         if !LOG_BUFFER.contains(&self.log_buffer_bytes) {
             return Err(FtConfigError::LogBuffer(self.log_buffer_bytes));
         }
         Ok(())
+    }
+
+    /// All who may be asked to hold the backup, first choice first.
+    pub fn candidates(&self) -> impl Iterator<Item = &TcpUrl> {
+        self.backup_url.iter().chain(&self.standbys)
     }
 
     /// The times both sides go by.
@@ -189,12 +213,13 @@ impl FtReceiveConfig {
 const ARBITERS: &str = "file:/DIRECTORY or etcd:[HOST:PORT,HOST:PORT,...]";
 
 impl FtEnableConfig {
-    /// `backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR,...`
+    /// `backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR,standbys=[tcp:HOST:PORT,...],...`
     pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
         let options = OptionString::parse(
             text,
             &[
                 "backup_url",
+                "standbys",
                 "mode",
                 "arbiter_url",
                 "disk_mode",
@@ -207,23 +232,27 @@ impl FtEnableConfig {
         )?;
         let backup_url = options.value("backup_url", "tcp:HOST:PORT")?;
         let arbiter_url = options.value("arbiter_url", ARBITERS)?;
-        let default = Self::new(
-            backup_url.ok_or(OptionStringError::Missing("backup_url"))?,
-            arbiter_url.ok_or(OptionStringError::Missing("arbiter_url"))?,
-        );
+        let standbys = options.list("standbys", "[tcp:HOST:PORT,...]")?.unwrap_or_default();
+        if backup_url.is_none() && standbys.is_empty() {
+            return Err(OptionStringError::Missing("backup_url"));
+        }
+        let arbiter_url = arbiter_url.ok_or(OptionStringError::Missing("arbiter_url"))?;
         let modes = [("lockstep", FtMode::Lockstep), ("checkpoint", FtMode::Checkpoint)];
         let disk_modes = [("shared", DiskMode::Shared), ("mirrored", DiskMode::Mirrored)];
         let ms = |key, default| {
             options.value(key, "a number of milliseconds").map(|value| value.unwrap_or(default))
         };
+        let log_buffer_bytes = options.size("log_buffer_bytes")?;
         Ok(Self {
-            mode: options.choice("mode", &modes)?.unwrap_or(default.mode),
-            disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default.disk_mode),
-            heartbeat_ms: ms("heartbeat_ms", default.heartbeat_ms)?,
-            failure_timeout_ms: ms("failure_timeout_ms", default.failure_timeout_ms)?,
-            max_lag_ms: ms("max_lag_ms", default.max_lag_ms)?,
-            log_buffer_bytes: options.size("log_buffer_bytes")?.unwrap_or(default.log_buffer_bytes),
-            ..default
+            backup_url,
+            standbys,
+            mode: options.choice("mode", &modes)?.unwrap_or_default(),
+            arbiter_url,
+            disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default_disk_mode()),
+            heartbeat_ms: ms("heartbeat_ms", default_heartbeat_ms())?,
+            failure_timeout_ms: ms("failure_timeout_ms", default_failure_timeout_ms())?,
+            max_lag_ms: ms("max_lag_ms", default_max_lag_ms())?,
+            log_buffer_bytes: log_buffer_bytes.unwrap_or(default_log_buffer_bytes()),
         })
     }
 }
@@ -279,7 +308,8 @@ mod tests {
         assert_eq!(config.timing(), Timing::default());
         assert_eq!(config.mode, FtMode::Lockstep);
         assert_eq!(config.disk_mode, DiskMode::Shared);
-        let new = FtEnableConfig::new(config.backup_url.clone(), config.arbiter_url.clone());
+        let backup_url = config.backup_url.clone().unwrap();
+        let new = FtEnableConfig::new(backup_url, config.arbiter_url.clone());
         assert_eq!(config, new);
         let back = serde_json::to_value(&config).unwrap();
         assert_eq!(serde_json::from_value::<FtEnableConfig>(back).unwrap(), config);
@@ -302,9 +332,25 @@ mod tests {
         let unprotected =
             FtEnableConfig::from_option("backup_url=tcp:h:1,arbiter_url=etcd:a:1,b:2");
         assert!(unprotected.unwrap_err().to_string().contains("brackets"));
+        let standbys = ["tcp:a:7700", "tcp:[fe80::1]:7700"];
+        let text = format!("standbys=[{}],arbiter_url=file:/shared", standbys.join(","));
+        let expected = enable(|json| {
+            json["backup_url"] = json!(null);
+            json["standbys"] = json!(standbys);
+        });
+        assert_eq!(FtEnableConfig::from_option(&text), Ok(expected.unwrap()));
         let receive = FtReceiveConfig::from_option("listen_url=tcp:0.0.0.0:7700").unwrap();
         assert_eq!(receive.listen_url, "tcp:0.0.0.0:7700".parse().unwrap());
-        for text in ["", "backup_url=tcp:h:1", "arbiter_url=file:/a", "backup_url=h", "mode=fast"] {
+        for text in [
+            "",
+            "backup_url=tcp:h:1",
+            "arbiter_url=file:/a",
+            "backup_url=h",
+            "mode=fast",
+            "standbys=tcp:h:1,arbiter_url=file:/a",
+            "standbys=[],arbiter_url=file:/a",
+            "standbys=[tcp:h:1,h],arbiter_url=file:/a",
+        ] {
             assert!(FtEnableConfig::from_option(text).is_err(), "{text}");
         }
         assert!(FtReceiveConfig::from_option("tcp:h:1").is_err());
@@ -321,6 +367,7 @@ mod tests {
             ("max_lag_ms", json!(0)),
             ("log_buffer_bytes", json!(10)),
             ("backup_url", json!(null)),
+            ("standbys", json!(vec!["tcp:h:1"; MAX_STANDBYS + 1])),
         ] {
             let error = enable(|json| json[key] = value.clone()).unwrap_err();
             assert!(

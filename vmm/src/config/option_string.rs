@@ -120,6 +120,18 @@ impl OptionString {
         Ok(self.value(key, "on or off")?.map_or(default, |Toggle(on)| on))
     }
 
+    /// A list in brackets, `[a,b]`.
+    pub fn list<T: FromStr>(
+        &self,
+        key: &str,
+        expected: &str,
+    ) -> Result<Option<Vec<T>>, OptionStringError> {
+        self.with(key, expected, |text| {
+            let items = text.strip_prefix('[')?.strip_suffix(']')?;
+            items.split(',').map(|item| item.trim().parse().ok()).collect()
+        })
+    }
+
     /// A number of bytes.
     pub fn size(&self, key: &str) -> Result<Option<u64>, OptionStringError> {
         self.with(key, "a number of bytes, or one with suffix K, M or G", parse_size)

@@ -33,13 +33,15 @@ const CLONE_STEPS: usize = 4;
 /// While more than this waits for the socket, no more of the clone is taken.
 const CLONE_QUEUE_BYTES: usize = 4 << 20;
 
-/// What the control thread needs to know. Called on the ft thread.
+/// What the process around needs to know. Called on the ft thread.
 pub trait PrimaryObserver: Send {
     /// Protection is in another state.
     fn changed(&self, state: &'static str, reason: Option<&str>);
+    /// The backup takes the VM; it is being copied.
+    fn accepted(&self);
     /// The VM survives the death of this host from now on.
     fn protected(&self);
-    /// Protection never came about; the VM runs on as before.
+    /// The backup did not take the VM, or protection never came about; the VM runs on as before.
     fn abandoned(&self, reason: &str);
     /// The VM runs on without a backup, in a new generation.
     fn alone(&self, generation: Generation, failover: &Failover);
@@ -77,11 +79,9 @@ pub struct PrimaryThread {
 }
 
 impl PrimaryThread {
-    /// Greets the backup and waits until it has accepted or refused; then copies and protects in the
-    /// background. An error is for the operator.
+    /// Greets the backup, copies and protects, all in the background: the observer hears of it.
     pub fn start(parts: PrimaryParts) -> Result<Self, String> {
         let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
-        let (started, accepted) = crossbeam_channel::bounded(1);
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
@@ -108,7 +108,6 @@ impl PrimaryThread {
             clone_sent: false,
             progress: Arc::default(),
             lease: None,
-            started: Some(started),
         };
         let handle = side.core.handle.clone();
         let (running, done) = crossbeam_channel::bounded(0);
@@ -119,11 +118,7 @@ impl PrimaryThread {
                 drop(running);
             })
             .map_err(fail)?;
-        match accepted.recv() {
-            Ok(Ok(())) => Ok(Self { handle, done }),
-            Ok(Err(reason)) => Err(reason),
-            Err(_) => Err("the ft thread ended unexpectedly".into()),
-        }
+        Ok(Self { handle, done })
     }
 
     /// Asks for a hand-over, or for the end of protection. Returns when it is under way.
@@ -186,7 +181,6 @@ struct PrimarySide {
     progress: Arc<CloneProgress>,
     /// Until when disk requests may begin, as the back halves know it.
     lease: Option<Duration>,
-    started: Option<Sender<Result<(), String>>>,
 }
 
 impl Side for PrimarySide {
@@ -216,7 +210,6 @@ impl Side for PrimarySide {
             }
             Action::Abandoned { reason } => {
                 self.stop_recording();
-                self.answer_start(Err(reason.clone()));
                 self.observer.abandoned(&reason);
             }
             Action::GoAlone { generation, failover } => {
@@ -336,14 +329,8 @@ impl PrimarySide {
         }
     }
 
-    fn answer_start(&mut self, result: Result<(), String>) {
-        if let Some(started) = self.started.take() {
-            let _ = started.send(result);
-        }
-    }
-
     fn start_clone(&mut self) {
-        self.answer_start(Ok(()));
+        self.observer.accepted();
         let Some(flush_sender) = self.flush_sender.take() else { return };
         let (steps_sender, steps) = crossbeam_channel::bounded(CLONE_STEPS);
         let cancelled = Arc::new(AtomicBool::new(false));

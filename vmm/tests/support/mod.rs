@@ -118,7 +118,8 @@ impl Control for FakeVm {
     }
 
     fn ft_enable(&mut self, config: &FtEnableConfig) -> Result<(), ControlError> {
-        self.note(format!("ft_enable {}", config.backup_url))
+        let standbys: Vec<_> = config.candidates().map(ToString::to_string).collect();
+        self.note(format!("ft_enable {}", standbys.join(" ")))
     }
 
     fn ft_status(&self) -> Result<FtStatus, ControlError> {

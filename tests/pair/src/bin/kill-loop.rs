@@ -23,6 +23,9 @@ struct Arguments {
     /// Pull the host's cables before the kill, so that nobody hears its connections close
     #[arg(long)]
     host: bool,
+    /// Name both hosts as standbys once; each survivor then finds its next backup by itself
+    #[arg(long)]
+    by_itself: bool,
     /// Connections under load
     #[arg(long, default_value_t = 1)]
     connections: usize,
@@ -37,8 +40,8 @@ fn main() -> Result<()> {
         bail!("kill-loop cannot run here");
     }
     let death = if arguments.host { Death::Host } else { Death::Process };
-    let Arguments { count, seed, connections, json, .. } = arguments;
-    let plan = Plan { kills: count, seed, death, connections };
+    let Arguments { count, seed, connections, json, by_itself, .. } = arguments;
+    let plan = Plan { kills: count, seed, death, connections, by_itself };
     if !json {
         println!("{count} kills, seed {seed}: scripts/kill-loop {count} {seed} repeats this run");
     }
