@@ -51,7 +51,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let writer = options.event_monitor.as_ref().map(start_event_monitor).transpose()?;
     let events = writer.as_ref().map(EventWriter::monitor).unwrap_or_default();
     events.event("vmm", "starting");
-    let mut vmm = Vmm::new(hypervisor, inbox.doorbell(), events.clone());
+    let mut vmm = Vmm::new(hypervisor, inbox.doorbell(), events.clone())
+        .with_tls_dir(options.ft_tls_dir.clone());
     let socket = match &options.api_socket {
         None => None,
         Some(ApiSocketOption::Path(path)) => Some(ApiSocket::bind(path)?),

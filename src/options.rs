@@ -22,10 +22,13 @@ Examples:
          --memory size=1G --disk path=root.img,image_type=raw --net tap=tap0 \\
          --serial tty --console off
 
-  Protect it: on another host wait for it, then tell it where:
+  Protect it: give each host a certificate (on a host called b, /etc/dyad/b is what it needs), wait for the
+  VM on the other host, then tell it where:
+    dyad-remote make-test-ca /etc/dyad a b
     dyad --api-socket /tmp/b.sock
-    dyad-remote --api-socket /tmp/b.sock ft-receive listen_url=tcp:0.0.0.0:7700
-    dyad-remote --api-socket /tmp/a.sock ft-enable backup_url=tcp:HOST:7700,arbiter_url=file:/shared
+    dyad-remote --api-socket /tmp/b.sock ft-receive listen_url=tcp:0.0.0.0:7700,tls_dir=/etc/dyad/b
+    dyad-remote --api-socket /tmp/a.sock ft-enable \\
+         backup_url=tcp:b:7700,arbiter_url=file:/shared,tls_dir=/etc/dyad/a
 
 Values are key=value pairs, separated by commas; put double quotes around a value that holds commas.
 Sizes take the suffixes K, M and G. When the guest switches itself off, dyad ends.";
@@ -57,6 +60,11 @@ pub struct Options {
     /// that is open already
     #[arg(long, value_name = "path=PATH|fd=N")]
     pub event_monitor: Option<EventMonitorOption>,
+
+    /// Certificates for protecting VMs: a directory with ca.pem, host.pem and host.key. Calls that name no
+    /// others use these, and so does a VM that has moved here and looks for a new backup
+    #[arg(long, value_name = "DIR")]
+    pub ft_tls_dir: Option<PathBuf>,
 
     /// Append the log to a file instead of standard error
     #[arg(long, value_name = "PATH")]

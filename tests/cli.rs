@@ -1,6 +1,7 @@
 //! The two programs as processes: what they print, how they end, what they leave behind.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -275,6 +276,89 @@ fn exit_codes_tell_usage_from_failure() {
     let enable = remote(missing, &["ft-enable", "backup_url=tcp:h:1"]);
     assert_eq!(enable.status.code(), Some(1));
     assert!(error(&enable).contains("arbiter_url"), "{}", error(&enable));
+}
+
+fn make_test_ca(directory: &Path, hosts: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dyad-remote"))
+        .arg("make-test-ca")
+        .arg(directory)
+        .args(hosts)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_test_authority_is_made_and_extended_and_never_overwritten() {
+    let directory = tempfile::tempdir().unwrap();
+    let ca = directory.path().join("ca");
+    let made = make_test_ca(&ca, &["a", "10.0.0.2"]);
+    assert_eq!(made.status.code(), Some(0), "{}", error(&made));
+    let read = |name: &str| std::fs::read(ca.join(name)).unwrap();
+    let before = [read("ca.pem"), read("ca.key"), read("a/host.pem"), read("a/host.key")];
+    for key in ["ca.key", "a/host.key", "10.0.0.2/host.key"] {
+        let mode = std::fs::metadata(ca.join(key)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{key}");
+    }
+    let extended = make_test_ca(&ca, &["c,10.0.0.3"]);
+    assert_eq!(extended.status.code(), Some(0), "{}", error(&extended));
+    assert_eq!(read("c/ca.pem"), before[0]);
+
+    for (hosts, word) in [(&["d", "a"][..], "a' exists already"), (&["e", "e"], "e' exists")] {
+        let again = make_test_ca(&ca, hosts);
+        assert_eq!(again.status.code(), Some(1));
+        assert!(error(&again).contains(word), "{}", error(&again));
+        assert!(!ca.join(hosts[0]).exists(), "part of what was refused was done");
+    }
+    assert_eq!(before, [read("ca.pem"), read("ca.key"), read("a/host.pem"), read("a/host.key")]);
+    for name in ["../x", "", "a b", ".", "ca.pem"] {
+        assert_eq!(make_test_ca(&ca, &[name]).status.code(), Some(1), "{name}");
+    }
+    assert_eq!(make_test_ca(&ca, &[]).status.code(), Some(2));
+    std::fs::remove_file(ca.join("ca.key")).unwrap();
+    let orphan = make_test_ca(&ca, &["f"]);
+    assert!(error(&orphan).contains("ca.key"), "{}", error(&orphan));
+
+    // Without a socket no call can be made.
+    let ping = Command::new(env!("CARGO_BIN_EXE_dyad-remote")).arg("ping").output().unwrap();
+    assert_eq!(ping.status.code(), Some(2));
+    assert!(error(&ping).contains("--api-socket"), "{}", error(&ping));
+}
+
+#[test]
+fn waiting_for_a_primary_needs_certificates_or_the_will_to_do_without() {
+    let dyad = Dyad::start();
+    let ca = dyad.directory.path().join("ca");
+    assert_eq!(make_test_ca(&ca, &["a"]).status.code(), Some(0));
+    let receive = |more: &str| {
+        let options = format!("listen_url=tcp:127.0.0.1:0{more}");
+        let output = dyad.remote(&["ft-receive", &options]);
+        (output.status.code() == Some(0), error(&output))
+    };
+    let refused = |more: &str, words: &[&str]| {
+        let (done, text) = receive(more);
+        assert!(!done, "{more}");
+        for word in words {
+            assert!(text.contains(word), "{more}: {text} does not say {word}");
+        }
+    };
+    refused("", &["make-test-ca", "insecure=on", "tls_dir"]);
+    refused(",tls_dir=/missing", &["/missing/ca.pem", "No such file"]);
+    refused(",insecure=on,tls_dir=/a", &["exclude each other"]);
+    refused(",insecure=on,allowed_peers=[a]", &["allowed_peers", "insecure"]);
+    let here = ca.join("a");
+    refused(&format!(",tls_dir={},allowed_peers=[b,a b]", here.display()), &["'a b'"]);
+    refused(&format!(",tls_dir={},tls_key=/k", here.display()), &["tls_key"]);
+    refused(
+        &format!(
+            ",tls_ca={0}/ca.pem,tls_certificate={0}/host.pem,tls_key={0}/ca.pem",
+            here.display()
+        ),
+        &["no private key"],
+    );
+    let (done, text) = receive(&format!(",tls_dir={},allowed_peers=[b,10.0.0.1]", here.display()));
+    assert!(done, "{text}");
+    let status: Value = serde_json::from_slice(&dyad.remote(&["ft-status"]).stdout).unwrap();
+    assert_eq!(status["state"], "listening");
 }
 
 #[test]

@@ -21,10 +21,11 @@ use ft::{
     Terms, Timing, Unequal,
 };
 
-use crate::api::{ControlError, FtEnableConfig, TcpUrl};
+use crate::api::{ChosenSecurity, ControlError, FtEnableConfig, TcpUrl};
 use crate::config::VmConfig;
 use crate::pair::clone::CloneHeader;
 use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
+use crate::pair::wire::Wire;
 use crate::pair::{MACHINE_MODEL, arbiter, boot_time};
 use crate::run_loop::outgoing::Outlet;
 use crate::shared::{Shared, chain};
@@ -48,12 +49,14 @@ pub struct Request {
     timing: Timing,
     log_buffer_bytes: u64,
     disk_mode: DiskMode,
+    /// How a standby is known. Files are read again for each, since this may last for years.
+    security: ChosenSecurity,
 }
 
 impl Request {
     /// What an operator asks for.
     #[must_use]
-    pub fn of(config: &FtEnableConfig) -> Self {
+    pub fn of(config: &FtEnableConfig, security: ChosenSecurity) -> Self {
         let mut standbys = Vec::new();
         for url in config.candidates().map(TcpUrl::to_string) {
             if !standbys.contains(&url) {
@@ -67,12 +70,13 @@ impl Request {
             timing: config.timing(),
             log_buffer_bytes: config.log_buffer_bytes,
             disk_mode: config.disk_mode,
+            security,
         }
     }
 
-    /// What the side that held the backup of `terms` takes over from its primary.
+    /// What the side that held the backup of `terms` takes over from its primary, and of its own `security`.
     #[must_use]
-    pub fn inherited(terms: &Terms) -> Self {
+    pub fn inherited(terms: &Terms, security: ChosenSecurity) -> Self {
         Self {
             standbys: terms.standbys.clone(),
             own: Some(terms.standby.clone()),
@@ -80,6 +84,7 @@ impl Request {
             timing: terms.timing,
             log_buffer_bytes: terms.log_buffer_bytes,
             disk_mode: terms.disk_mode,
+            security,
         }
     }
 
@@ -234,8 +239,8 @@ impl Protection {
     }
 
     /// The VM has gone live here, where it had its backup under `terms`: looks for the next one.
-    pub fn inherit(&self, terms: &Terms) {
-        let request = Request::inherited(terms);
+    pub fn inherit(&self, terms: &Terms, security: ChosenSecurity) {
+        let request = Request::inherited(terms, security);
         let mut plan = self.0.lock();
         plan.begin(request, None);
         if plan.wish.as_ref().is_some_and(|wish| wish.search.is_hopeless()) {
@@ -383,14 +388,14 @@ impl Inner {
         let arbiter = self
             .announce(request)
             .map_err(|reason| format!("the arbiter cannot be used: {reason}"))?;
-        let stream = connect(&attempt.standby)?;
+        let wire = connect(&attempt.standby, &request.security)?;
         let mut plan = self.lock();
         if plan.number != attempt.number {
             return Ok(());
         }
         let (pair, generation) = self.membership()?;
         let terms = request.terms(pair, generation, &attempt.standby);
-        let parts = self.parts(terms, stream, arbiter, attempt)?;
+        let parts = self.parts(terms, wire, arbiter, attempt)?;
         if let Some(old) = plan.primary.take() {
             self.keep(&old);
         }
@@ -420,7 +425,7 @@ impl Inner {
     fn parts(
         self: &Arc<Self>,
         terms: Terms,
-        stream: TcpStream,
+        wire: Wire,
         arbiter: Arc<dyn ft::Arbiter>,
         attempt: &Attempt,
     ) -> Result<PrimaryParts, String> {
@@ -450,7 +455,7 @@ impl Inner {
                 capabilities,
                 vm_config: crate::guest::encode(&header),
             },
-            stream,
+            wire,
             arbiter,
             inbox: vm.inbox().clone(),
             memory: vm.memory().clone(),
@@ -524,7 +529,10 @@ impl PrimaryObserver for Observer {
     }
 }
 
-fn connect(standby: &str) -> Result<TcpStream, String> {
+fn connect(standby: &str, security: &ChosenSecurity) -> Result<Wire, String> {
+    let security = security
+        .load(&[])
+        .map_err(|error| format!("the certificates cannot be used: {}", chain(&error)))?;
     let url: TcpUrl = standby.parse().map_err(|error| chain(&error))?;
     let fail = |error: std::io::Error| {
         format!("no backup answers there: is dyad running, and did it get ft.receive? ({error})")
@@ -532,7 +540,7 @@ fn connect(standby: &str) -> Result<TcpStream, String> {
     let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
     for address in (url.host.as_str(), url.port).to_socket_addrs().map_err(fail)? {
         match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Wire::connecting(stream, &security, &url.host).map_err(fail),
             Err(error) => last = error,
         }
     }

@@ -7,7 +7,7 @@ use ft::search::MAX_STANDBYS;
 use ft::{FtStatus, Generation, Terms};
 use hypervisor::{GuestMemory, Hypervisor};
 
-use crate::api::{TcpUrl, VmEnd};
+use crate::api::{ChosenSecurity, TcpUrl, VmEnd};
 use crate::boot::Payload;
 use crate::config::VmConfig;
 use crate::pair::backup::BackupHost;
@@ -28,6 +28,8 @@ pub struct Standby {
     pub shared: Shared,
     /// Looks for the next backup once the VM is live.
     pub protection: Protection,
+    /// How it is to know that.
+    pub security: ChosenSecurity,
     /// What is there before the primary's state has come.
     pub prepared: Option<Prepared>,
 }
@@ -105,7 +107,7 @@ impl BackupHost for Standby {
         drop(state);
         let Some(backends) = backends else { return };
         match backends.start() {
-            Ok(()) => self.protection.inherit(terms),
+            Ok(()) => self.protection.inherit(terms, self.security.clone()),
             Err(error) => self.shared.end(VmEnd::Failure(chain(&error))),
         }
     }

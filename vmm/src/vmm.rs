@@ -4,6 +4,7 @@
 //! and in [`Protection`].
 
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 
 use ft::BackupConfig;
@@ -11,14 +12,15 @@ use hypervisor::Hypervisor;
 
 use crate::api::types::{RestoreConfig, SnapshotConfig};
 use crate::api::{
-    Control, ControlError, Counters, Doorbell, FtEnableConfig, FtReceiveConfig, FtStatus, VmEnd,
-    VmInfo, VmState,
+    ChannelSecurity, ChosenSecurity, Control, ControlError, Counters, Doorbell, FtEnableConfig,
+    FtReceiveConfig, FtStatus, VmEnd, VmInfo, VmState,
 };
 use crate::config::VmConfig;
 use crate::event_monitor::EventMonitor;
 use crate::pair;
 use crate::pair::backup::{BackupControl, BackupHost};
 use crate::pair::receive::Receiver;
+use crate::pair::tls::Security;
 use crate::protection::{Protection, Request};
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::{self, Command, CommandError};
@@ -33,6 +35,8 @@ pub struct Vmm {
     who: String,
     shared: Shared,
     protection: Protection,
+    /// Certificates for the logging channel, if a call names no others.
+    tls_dir: Option<PathBuf>,
     receiver: Option<Receiver>,
 }
 
@@ -42,7 +46,40 @@ impl Vmm {
     pub fn new(hypervisor: Arc<dyn Hypervisor>, doorbell: Doorbell, events: EventMonitor) -> Self {
         let (who, shared) = (process_name(), Shared::new(doorbell, events));
         let protection = Protection::new(who.clone(), shared.clone());
-        Self { hypervisor, who, shared, protection, receiver: None }
+        Self { hypervisor, who, shared, protection, tls_dir: None, receiver: None }
+    }
+
+    /// The certificates of calls that name none.
+    #[must_use]
+    pub fn with_tls_dir(mut self, directory: Option<PathBuf>) -> Self {
+        self.tls_dir = directory;
+        self
+    }
+
+    /// How to know the other side of a logging channel, and that for now. `allowed` are the names a primary
+    /// may have.
+    fn security(
+        &self,
+        config: &ChannelSecurity,
+        allowed: &[String],
+    ) -> Result<(ChosenSecurity, Security), ControlError> {
+        let chosen = config.chosen(self.tls_dir.as_ref()).map_err(|error| {
+            ControlError::from_error(400, "The logging channel is not protected", &error)
+        })?;
+        if chosen == ChosenSecurity::Plain {
+            if !allowed.is_empty() {
+                let text =
+                    "'allowed_peers' needs certificates: with insecure=on nobody's name is known";
+                return Err(ControlError::new(400, text));
+            }
+            log::warn!(
+                "insecure=on: whoever reaches the logging channel can read and change the guest"
+            );
+        }
+        let security = chosen.load(allowed).map_err(|error| {
+            ControlError::from_error(400, "The certificates cannot be used", &error)
+        })?;
+        Ok((chosen, security))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -229,22 +266,28 @@ impl Control for Vmm {
         if self.receiver.as_ref().is_some_and(|receiver| !receiver.ended()) {
             return Err(ControlError::new(500, "this VMM waits for a primary already"));
         }
+        let (chosen, security) = self.security(&config.security, &config.allowed_peers)?;
         let what = format!("Cannot listen on {}", config.listen_url);
         let fail = |error: std::io::Error| ControlError::from_error(500, what.clone(), &error);
         let url = &config.listen_url;
         let listener = TcpListener::bind((url.host.as_str(), url.port)).map_err(fail)?;
         let (hypervisor, shared) = (Arc::clone(&self.hypervisor), self.shared.clone());
         let protection = self.protection.clone();
-        let backup = BackupConfig { who: self.who.clone(), capabilities: pair::capabilities() };
+        let mut capabilities = pair::capabilities();
+        if let Some(most) = config.max_memory_bytes {
+            capabilities.memory_bytes = capabilities.memory_bytes.min(most);
+        }
+        let backup = BackupConfig { who: self.who.clone(), capabilities };
         let make_host = Box::new(move || {
             Box::new(Standby {
                 hypervisor: Arc::clone(&hypervisor),
                 shared: shared.clone(),
                 protection: protection.clone(),
+                security: chosen.clone(),
                 prepared: None,
             }) as Box<dyn BackupHost>
         });
-        self.receiver = Some(Receiver::start(listener, backup, make_host).map_err(fail)?);
+        self.receiver = Some(Receiver::start(listener, security, backup, make_host).map_err(fail)?);
         Ok(())
     }
 
@@ -265,7 +308,8 @@ impl Control for Vmm {
             let text = "this side is the backup: ask the primary's VMM";
             return Err(ControlError::new(500, text));
         }
-        self.protection.enable(Request::of(config))
+        let (chosen, _) = self.security(&config.security, &[])?;
+        self.protection.enable(Request::of(config, chosen))
     }
 
     fn ft_status(&self) -> Result<FtStatus, ControlError> {

@@ -1,10 +1,11 @@
 //! `dyad-remote`: one call to the API of a running `dyad`, in the manner of `ch-remote`.
 //!
 //! A success with an answer prints it, one without prints nothing; both end with 0. A refusal prints the server's
-//! texts on standard error and ends with 1, wrong usage with 2.
+//! texts on standard error and ends with 1, wrong usage with 2. `make-test-ca` alone makes no call.
 
 #[path = "../../report.rs"]
 mod report;
+mod test_ca;
 mod watch;
 
 use std::fs::File;
@@ -14,7 +15,8 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use api_client::{Client, Response};
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 use vmm::api::types::{RestoreConfig, SnapshotConfig};
 use vmm::api::{FtEnableConfig, FtReceiveConfig};
@@ -25,10 +27,20 @@ use vmm::api::{FtEnableConfig, FtReceiveConfig};
 struct Options {
     /// The Unix socket dyad was started with
     #[arg(long, value_name = "PATH")]
-    api_socket: PathBuf,
+    api_socket: Option<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
+}
+
+impl Options {
+    /// Where the calls go. Ends the program if it was not told.
+    fn socket(&self) -> &Path {
+        self.api_socket.as_deref().unwrap_or_else(|| {
+            let text = "--api-socket PATH is needed: the socket dyad was started with";
+            Self::command().error(ErrorKind::MissingRequiredArgument, text).exit()
+        })
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -72,17 +84,23 @@ enum Command {
         options: String,
     },
     /// Wait for a VM to protect
+    ///
+    /// tls_dir is a directory with ca.pem, host.pem and host.key; instead of it, tls_ca=FILE,
+    /// tls_certificate=FILE and tls_key=FILE, or insecure=on on both sides for plain TCP. Without any of
+    /// these, what dyad was started with (--ft-tls-dir). The primary is believed if its certificate is of
+    /// the CA and, with allowed_peers=[NAME,...], names one of these.
     FtReceive {
-        /// listen_url=tcp:HOST:PORT
+        /// listen_url=tcp:HOST:PORT[,tls_dir=DIR][,...]
         options: String,
     },
     /// Protect the running VM
     ///
-    /// The other keys, with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20,
-    /// failure_timeout_ms=300, max_lag_ms=100, log_buffer_bytes=16M.
+    /// The backup's certificate must name HOST; for tls_dir and its like see ft-receive. The other keys,
+    /// with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20, failure_timeout_ms=300,
+    /// max_lag_ms=100, log_buffer_bytes=16M.
     FtEnable {
-        /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,...]; URL is what both hosts must reach: file:/DIR, a
-        /// shared directory, or etcd:[HOST:PORT,HOST:PORT,...]
+        /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,tls_dir=DIR][,...]; URL is what both hosts must reach:
+        /// file:/DIR, a shared directory, or etcd:[HOST:PORT,HOST:PORT,...]
         options: String,
     },
     /// Show how the VM is protected
@@ -93,6 +111,20 @@ enum Command {
     FtFailover,
     /// Go on unprotected
     FtDisable,
+    /// Make certificates for the hosts of a pair, to try protection out
+    ///
+    /// Needs no dyad. DIR gets a certificate authority, ca.pem and ca.key, and a directory for each HOST with
+    /// what that host needs: ca.pem, host.pem and host.key. Copy DIR/HOST to the host and name it as tls_dir;
+    /// keep ca.key to yourself, since with it anybody can be a host of yours. Called again with other hosts,
+    /// it adds them to the same authority. Nothing is overwritten. The certificates are good for a year.
+    #[command(verbatim_doc_comment)]
+    MakeTestCa {
+        /// Where to
+        directory: PathBuf,
+        /// Names or IP addresses by which others connect; several of one host with commas: b,10.0.0.2
+        #[arg(required = true, value_name = "HOST")]
+        hosts: Vec<String>,
+    },
 }
 
 /// A request, ready to be sent.
@@ -116,9 +148,11 @@ impl Call {
         Ok(Self { body: Some(body), ..Self::put(endpoint) })
     }
 
-    fn new(command: &Command) -> anyhow::Result<Self> {
+    /// `None` for what is done here.
+    fn new(command: &Command) -> anyhow::Result<Option<Self>> {
         let unusable = |options: &str| format!("'{options}' cannot be used");
-        match command {
+        let call = match command {
+            Command::MakeTestCa { .. } => return Ok(None),
             Command::Ping => Ok(Self::get("vmm.ping")),
             Command::ShutdownVmm => Ok(Self::put("vmm.shutdown")),
             // Sent unchanged: the server judges it.
@@ -153,7 +187,8 @@ impl Call {
             Command::FtStatus | Command::FtWatch(_) => Ok(Self::get("ft.status")),
             Command::FtFailover => Ok(Self::put("ft.failover")),
             Command::FtDisable => Ok(Self::put("ft.disable")),
-        }
+        };
+        call.map(Some)
     }
 }
 
@@ -171,15 +206,16 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 fn main() -> ExitCode {
     let options = Options::parse();
     if let Command::FtWatch(how) = &options.command {
-        return match watch::watch(&options.api_socket, how) {
+        return match watch::watch(options.socket(), how) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 report::failure("dyad-remote cannot watch", error.chain().map(ToString::to_string))
             }
         };
     }
-    match exchange(&options) {
-        Ok(response) => print(response),
+    match run(&options) {
+        Ok(Some(response)) => print(response),
+        Ok(None) => ExitCode::SUCCESS,
         Err(error) => report::failure(
             "dyad-remote could not make the call",
             error.chain().map(ToString::to_string),
@@ -187,9 +223,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn exchange(options: &Options) -> anyhow::Result<Response> {
-    let Call { method, endpoint, body } = Call::new(&options.command)?;
-    Ok(Client::new(&options.api_socket).request(method, endpoint, body.as_deref())?)
+/// The server's answer, if there was one to ask.
+fn run(options: &Options) -> anyhow::Result<Option<Response>> {
+    if let Command::MakeTestCa { directory, hosts } = &options.command {
+        for line in test_ca::make(directory, hosts)? {
+            println!("{line}");
+        }
+        return Ok(None);
+    }
+    let Some(Call { method, endpoint, body }) = Call::new(&options.command)? else {
+        return Ok(None);
+    };
+    Ok(Some(Client::new(options.socket()).request(method, endpoint, body.as_deref())?))
 }
 
 fn print(response: Response) -> ExitCode {
@@ -229,7 +274,6 @@ fn status_name(status: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
@@ -240,7 +284,7 @@ mod tests {
     fn calls_have_the_bodies_the_api_expects() {
         let call = |arguments: &[&str]| {
             let all = ["dyad-remote", "--api-socket", "/s"].iter().chain(arguments);
-            let call = Call::new(&Options::try_parse_from(all).unwrap().command).unwrap();
+            let call = Call::new(&Options::try_parse_from(all).unwrap().command).unwrap().unwrap();
             let body = call.body.map(|body| String::from_utf8(body).unwrap());
             (call.method, call.endpoint, body.unwrap_or_default())
         };

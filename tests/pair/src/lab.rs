@@ -1,15 +1,16 @@
 //! Everything a story needs around its processes: hosts, shared directory, disk, guest.
 
 use crate::disk::Disk;
-use crate::guest::{Guest, MAC, PORT, command_line};
+use crate::guest::{Guest, MAC, PORT, command_line, program};
 use crate::interrupt::remove_on_interrupt;
 use crate::network::{GUEST, Network, Side, TAP};
 use crate::vmm::Vmm;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Size of the guest's disk.
@@ -48,6 +49,7 @@ impl Lab {
         let shared = directory.path().join("shared");
         std::fs::create_dir_all(shared.join("claims"))?;
         let disk = Disk::create(shared.join("disk.raw"), DISK_BYTES)?;
+        make_certificates(directory.path())?;
         let (network, started) = (Network::new()?, Cell::new(0));
         Ok(Self { network, disk, guest, programs: None, directory, started, _turn: turn })
     }
@@ -72,6 +74,12 @@ impl Lab {
     #[must_use]
     pub fn claims(&self) -> PathBuf {
         self.directory().join("shared/claims")
+    }
+
+    /// The certificates of one host.
+    #[must_use]
+    pub fn tls_dir(&self, side: Side) -> PathBuf {
+        certificates(self.directory()).join(side.address())
     }
 
     /// Options that make `dyad` boot the guest with disk, network and console.
@@ -103,7 +111,7 @@ impl Lab {
         options
     }
 
-    /// Starts a `dyad` on one host; without options it waits for a VM.
+    /// Starts a `dyad` on one host, with that host's certificates; without options it waits for a VM.
     ///
     /// # Errors
     ///
@@ -112,7 +120,9 @@ impl Lab {
         let number = self.started.get() + 1;
         self.started.set(number);
         let name = format!("{}{number}", side.letter());
-        let vmm = Vmm::start(self.network.host(side), self.directory(), &name, options);
+        let certificates = ["--ft-tls-dir".into(), self.tls_dir(side).to_string_lossy().into()];
+        let options = [&certificates, options].concat();
+        let vmm = Vmm::start(self.network.host(side), self.directory(), &name, &options);
         vmm.with_context(|| format!("starting dyad on {side}"))
     }
 
@@ -133,4 +143,19 @@ impl Lab {
     pub fn load(&self, options: Options) -> Result<Load> {
         Ok(self.network.switch.run(move || Load::start(&options))??)
     }
+}
+
+/// Where a lab has its certificate authority.
+fn certificates(lab: &Path) -> PathBuf {
+    lab.join("tls")
+}
+
+/// Makes an authority, and a certificate for each host, as a user would.
+fn make_certificates(lab: &Path) -> Result<()> {
+    let mut command = Command::new(program("dyad-remote")?);
+    command.arg("make-test-ca").arg(certificates(lab)).args([Side::A, Side::B].map(Side::address));
+    let output = command.output().context("cannot run dyad-remote")?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "dyad-remote make-test-ca failed: {text}");
+    Ok(())
 }

@@ -6,7 +6,7 @@ use crate::patience::eventually;
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
 use ft::FtStatus;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 /// Time the guest may take from start to its shell.
@@ -76,7 +76,7 @@ impl Pair {
     ///
     /// If either side refuses or both are not protected within [`CHANGE`].
     pub fn protect(&mut self) -> Result<Protected> {
-        self.protect_with(&[])
+        self.protect_with(&json!({}), &json!({}))
     }
 
     /// As [`Self::protect`], for good: both hosts are standbys, so that whoever survives makes the next
@@ -86,11 +86,17 @@ impl Pair {
     ///
     /// As [`Self::protect`].
     pub fn protect_for_good(&mut self) -> Result<Protected> {
-        self.protect_with(&[Side::A, Side::B])
+        let standbys = [Side::A, Side::B].map(listen_url);
+        self.protect_with(&json!({}), &json!({ "standbys": standbys }))
     }
 
-    fn protect_with(&mut self, standbys: &[Side]) -> Result<Protected> {
-        let (backup, listen) = self.start_standby()?;
+    /// As [`Self::protect`], with more to say in `ft.receive` and `ft.enable`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::protect`].
+    pub fn protect_with(&mut self, receive: &Value, more: &Value) -> Result<Protected> {
+        let (backup, listen) = self.start_standby(receive)?;
         let started = Instant::now();
         // A live side that looks for a backup finds it without being asked.
         if self.status()?.reprotection.is_none_or(|search| search.state == "no standby") {
@@ -98,9 +104,7 @@ impl Pair {
                 "backup_url": listen,
                 "arbiter_url": format!("file:{}", self.lab.claims().display()),
             });
-            if !standbys.is_empty() {
-                enable["standbys"] = standbys.iter().copied().map(listen_url).collect();
-            }
+            merge(&mut enable, more);
             self.primary.api().put_json("ft.enable", &enable)?;
         }
         self.wait_until_protected(backup, started)
@@ -112,14 +116,16 @@ impl Pair {
     ///
     /// If both are not protected within [`CHANGE`].
     pub fn reprotect(&mut self) -> Result<Protected> {
-        let (backup, _) = self.start_standby()?;
+        let (backup, _) = self.start_standby(&json!({}))?;
         self.wait_until_protected(backup, Instant::now())
     }
 
-    fn start_standby(&self) -> Result<(Vmm, String)> {
+    fn start_standby(&self, more: &Value) -> Result<(Vmm, String)> {
         let other = self.side.other();
         let (standby, listen) = (self.lab.start(other, &[])?, listen_url(other));
-        standby.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
+        let mut receive = json!({ "listen_url": listen });
+        merge(&mut receive, more);
+        standby.api().put_json("ft.receive", &receive)?;
         Ok((standby, listen))
     }
 
@@ -245,6 +251,13 @@ impl Pair {
         }
         self.lab.disk.check()?;
         Ok(self.lab)
+    }
+}
+
+/// Adds the keys of `more` to `body`; they come first where both have one.
+pub fn merge(body: &mut Value, more: &Value) {
+    for (key, value) in more.as_object().into_iter().flatten() {
+        body[key] = value.clone();
     }
 }
 

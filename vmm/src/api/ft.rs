@@ -9,6 +9,7 @@ pub use ::ft::{ArbiterUrl, DiskMode, FtStatus};
 use ::ft::{BadTiming, Timing};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::security::ChannelSecurity;
 use super::types::UrlError;
 use crate::config::{OptionString, OptionStringError};
 
@@ -75,6 +76,16 @@ serde_as_text!(TcpUrl);
 pub struct FtReceiveConfig {
     /// Where to wait for the primary.
     pub listen_url: TcpUrl,
+    /// How the primary and this host know each other. Also how the next backup is known, should the VM go
+    /// on here.
+    #[serde(flatten)]
+    pub security: ChannelSecurity,
+    /// Names of which the primary's certificate must have one; empty: any of the CA will do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allowed_peers: Vec<String>,
+    /// A VM with more memory than this is refused; without it, one with more than the host has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_bytes: Option<u64>,
 }
 
 /// Body of `ft.enable`.
@@ -87,6 +98,10 @@ pub struct FtEnableConfig {
     /// backup at one of these by itself; so both hosts should be among them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub standbys: Vec<TcpUrl>,
+    /// How the backup and this host know each other. The backup's certificate must name the host by which
+    /// it is reached.
+    #[serde(flatten)]
+    pub security: ChannelSecurity,
     /// How the backup follows.
     #[serde(default)]
     pub mode: FtMode,
@@ -158,6 +173,7 @@ impl FtEnableConfig {
         Self {
             backup_url: Some(backup_url),
             standbys: Vec::new(),
+            security: ChannelSecurity::default(),
             mode: FtMode::default(),
             arbiter_url,
             disk_mode: default_disk_mode(),
@@ -201,11 +217,28 @@ impl FtEnableConfig {
 }
 
 impl FtReceiveConfig {
-    /// `listen_url=tcp:HOST:PORT`
+    /// The least one can say: an address, all else by default.
+    pub fn new(listen_url: TcpUrl) -> Self {
+        Self {
+            listen_url,
+            security: ChannelSecurity::default(),
+            allowed_peers: Vec::new(),
+            max_memory_bytes: None,
+        }
+    }
+
+    /// `listen_url=tcp:HOST:PORT,tls_dir=/DIR,...`
     pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
-        let options = OptionString::parse(text, &["listen_url"], &[])?;
+        let own = ["listen_url", "allowed_peers", "max_memory_bytes"];
+        let keys = [&own[..], &ChannelSecurity::KEYS].concat();
+        let options = OptionString::parse(text, &keys, &[])?;
         let listen_url = options.value("listen_url", "tcp:HOST:PORT")?;
-        Ok(Self { listen_url: listen_url.ok_or(OptionStringError::Missing("listen_url"))? })
+        Ok(Self {
+            security: ChannelSecurity::from_options(&options)?,
+            allowed_peers: options.list("allowed_peers", "[NAME,...]")?.unwrap_or_default(),
+            max_memory_bytes: options.size("max_memory_bytes")?,
+            ..Self::new(listen_url.ok_or(OptionStringError::Missing("listen_url"))?)
+        })
     }
 }
 
@@ -215,21 +248,19 @@ const ARBITERS: &str = "file:/DIRECTORY or etcd:[HOST:PORT,HOST:PORT,...]";
 impl FtEnableConfig {
     /// `backup_url=tcp:HOST:PORT,arbiter_url=file:/DIR,standbys=[tcp:HOST:PORT,...],...`
     pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
-        let options = OptionString::parse(
-            text,
-            &[
-                "backup_url",
-                "standbys",
-                "mode",
-                "arbiter_url",
-                "disk_mode",
-                "heartbeat_ms",
-                "failure_timeout_ms",
-                "max_lag_ms",
-                "log_buffer_bytes",
-            ],
-            &[],
-        )?;
+        let own = [
+            "backup_url",
+            "standbys",
+            "mode",
+            "arbiter_url",
+            "disk_mode",
+            "heartbeat_ms",
+            "failure_timeout_ms",
+            "max_lag_ms",
+            "log_buffer_bytes",
+        ];
+        let keys = [&own[..], &ChannelSecurity::KEYS].concat();
+        let options = OptionString::parse(text, &keys, &[])?;
         let backup_url = options.value("backup_url", "tcp:HOST:PORT")?;
         let arbiter_url = options.value("arbiter_url", ARBITERS)?;
         let standbys = options.list("standbys", "[tcp:HOST:PORT,...]")?.unwrap_or_default();
@@ -246,6 +277,7 @@ impl FtEnableConfig {
         Ok(Self {
             backup_url,
             standbys,
+            security: ChannelSecurity::from_options(&options)?,
             mode: options.choice("mode", &modes)?.unwrap_or_default(),
             arbiter_url,
             disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default_disk_mode()),
@@ -354,6 +386,13 @@ mod tests {
             assert!(FtEnableConfig::from_option(text).is_err(), "{text}");
         }
         assert!(FtReceiveConfig::from_option("tcp:h:1").is_err());
+        let text = "listen_url=tcp:h:1,allowed_peers=[a, 10.0.0.1],max_memory_bytes=1G,tls_dir=/t";
+        let receive = FtReceiveConfig::from_option(text).unwrap();
+        let json = json!({"listen_url": "tcp:h:1", "allowed_peers": ["a", "10.0.0.1"],
+            "max_memory_bytes": 1 << 30, "tls_dir": "/t"});
+        assert_eq!(serde_json::to_value(&receive).unwrap(), json);
+        assert_eq!(serde_json::from_value::<FtReceiveConfig>(json).unwrap(), receive);
+        assert!(FtReceiveConfig::from_option("listen_url=tcp:h:1,allowed_peers=a").is_err());
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod ft;
 pub mod http;
 mod metrics;
 pub mod route;
+pub mod security;
 pub mod server;
 pub mod socket;
 pub mod types;
@@ -26,5 +27,6 @@ pub use event_loop::{Doorbell, EventLoop, Inbox, LoopError};
 pub use ft::{
     ArbiterUrl, FtConfigError, FtEnableConfig, FtMode, FtReceiveConfig, FtStatus, TcpUrl,
 };
+pub use security::{ChannelSecurity, ChosenSecurity, SecurityError};
 pub use server::{Server, ServerError};
 pub use socket::{ApiSocket, SocketError};

@@ -31,8 +31,8 @@ pub enum Call {
     PowerButton,
     Snapshot(SnapshotConfig),
     Restore(Box<RestoreConfig>),
-    FtReceive(FtReceiveConfig),
-    FtEnable(FtEnableConfig),
+    FtReceive(Box<FtReceiveConfig>),
+    FtEnable(Box<FtEnableConfig>),
     FtStatus,
     FtFailover,
     FtDisable,
@@ -105,11 +105,11 @@ pub fn route(request: &Request) -> Result<Call, Response> {
         "ft.disable" => action(Call::FtDisable),
         "vm.snapshot" => body(request).map(Call::Snapshot),
         "vm.restore" => restore(request),
-        "ft.receive" => body(request).map(Call::FtReceive),
+        "ft.receive" => body(request).map(|config| Call::FtReceive(Box::new(config))),
         "ft.enable" => {
             let config: FtEnableConfig = body(request)?;
             match config.validate() {
-                Ok(()) => Ok(Call::FtEnable(config)),
+                Ok(()) => Ok(Call::FtEnable(Box::new(config))),
                 Err(error) => Err(Response::error(
                     400,
                     ["The VM cannot be protected like this", &error.to_string()],

@@ -4,7 +4,6 @@
 //! has that thread go live when the state machine says so. The VM itself is built and owned by a
 //! [`BackupHost`].
 
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -22,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::boot_time;
 use super::clone::CloneState;
 use super::side::{Core, Handle, Side};
+use super::wire::Wire;
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
@@ -132,11 +132,11 @@ pub(super) struct BackupSide {
 
 impl BackupSide {
     pub(super) fn new(
-        stream: TcpStream,
+        wire: Wire,
         config: BackupConfig,
         host: Box<dyn BackupHost>,
     ) -> std::io::Result<(Self, BackupControl)> {
-        let core = Core::new(Backup::new(boot_time(), config), stream, Vec::new())?;
+        let core = Core::new(Backup::new(boot_time(), config), wire, Vec::new())?;
         let control = BackupControl(core.handle.clone());
         let side = Self {
             core,

@@ -1,17 +1,15 @@
-//! The logging channel's socket: frames in and out, never blocking.
+//! The logging channel: frames in and out, never blocking.
 //!
-//! What is written is buffered here and leaves as the socket takes it; how much may wait is bounded by
+//! What is written is buffered here and leaves as the [`Wire`] takes it; how much may wait is bounded by
 //! those who write (the log buffer's limit, one chunk of a clone at a time). What is read is bounded by
 //! [`ft::FrameReader`] and by not reading while the reader asks for a rest.
 
-use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
 use ft::{FrameReader, Message};
 
-/// Bytes asked of the socket at once.
-const READ_BYTES: usize = 256 << 10;
+use super::wire::Wire;
 
 /// Why the channel is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +17,25 @@ pub enum ChannelError {
     /// The connection ended.
     #[error("the peer closed the connection")]
     Closed,
+    /// As [`ChannelError::Closed`], while TLS was being set up.
+    #[error("the peer closed the connection in the middle of the TLS handshake")]
+    ClosedInHandshake,
+    /// One side with certificates, one without.
+    #[error(
+        "the peer speaks without TLS (insecure=on), and this side wants TLS: give certificates to both sides (tls_dir=DIR), or insecure=on to both"
+    )]
+    PeerIsPlain,
+    /// As [`ChannelError::PeerIsPlain`], seen from the other side.
+    #[error(
+        "the peer wants TLS, and this side was told insecure=on: give certificates to both sides (tls_dir=DIR), or insecure=on to both"
+    )]
+    PeerWantsTls,
+    /// No Dyad at all.
+    #[error("the peer speaks neither TLS nor Dyad's protocol: is it a Dyad?")]
+    Stranger,
+    /// TLS was refused, by this side or the other.
+    #[error("{0}")]
+    Tls(String),
     /// The connection failed.
     #[error("the connection failed")]
     Io(#[from] io::Error),
@@ -29,26 +46,18 @@ pub enum ChannelError {
 
 /// One connection between primary and backup.
 pub struct Channel {
-    stream: TcpStream,
+    wire: Wire,
     reader: FrameReader,
-    input: Vec<u8>,
     output: Vec<u8>,
     /// How much of `output` has been written.
     written: usize,
 }
 
 impl Channel {
-    /// Takes over a connected socket.
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
-        Ok(Self {
-            stream,
-            reader: FrameReader::new(),
-            input: vec![0; READ_BYTES],
-            output: Vec::new(),
-            written: 0,
-        })
+    /// Begins on a wire.
+    #[must_use]
+    pub fn new(wire: Wire) -> Self {
+        Self { wire, reader: FrameReader::new(), output: Vec::new(), written: 0 }
     }
 
     /// Queues a message and writes what the socket takes.
@@ -57,46 +66,39 @@ impl Channel {
         self.flush()
     }
 
-    /// Writes what the socket takes of what is queued.
+    /// Writes what the wire takes of what is queued.
     pub fn flush(&mut self) -> Result<(), ChannelError> {
-        while self.written < self.output.len() {
-            match self.stream.write(&self.output[self.written..]) {
-                Ok(0) => return Err(ChannelError::Closed),
-                Ok(count) => self.written += count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
+        if self.queued() == 0 && !self.wire.has_unsent() {
+            return Ok(());
         }
-        self.output.clear();
-        self.written = 0;
+        self.written += self.wire.write(&self.output[self.written..])?;
+        if self.queued() == 0 {
+            self.output.clear();
+            self.written = 0;
+        }
         Ok(())
     }
 
-    /// Bytes queued and not yet taken by the socket.
+    /// Bytes queued and not yet taken by the wire.
     #[must_use]
     pub fn queued(&self) -> usize {
         self.output.len() - self.written
     }
 
-    /// Reads once from the socket, then hands out what is complete through [`Channel::next_message`].
+    /// Whether anything can be sent as soon as the socket takes it.
+    #[must_use]
+    pub fn wants_to_write(&self) -> bool {
+        self.wire.has_unsent() || self.queued() > 0 && self.wire.is_established()
+    }
+
+    /// Whether nothing more will be sent of what is queued, unless the peer says something first.
+    fn has_said_all(&self) -> bool {
+        !self.wants_to_write()
+    }
+
+    /// Reads once from the wire, then hands out what is complete through [`Channel::next_message`].
     pub fn fill(&mut self) -> Result<(), ChannelError> {
-        match self.stream.read(&mut self.input) {
-            Ok(0) => Err(ChannelError::Closed),
-            Ok(count) => {
-                self.reader.push(&self.input[..count]);
-                Ok(())
-            }
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                ) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
+        self.wire.read(&mut self.reader)
     }
 
     /// The next complete message read.
@@ -107,7 +109,7 @@ impl Channel {
 
 impl AsRawFd for Channel {
     fn as_raw_fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.wire.as_raw_fd()
     }
 }
 
@@ -116,6 +118,8 @@ impl AsRawFd for Channel {
 pub struct Link {
     channel: Option<Channel>,
     hanging_up: bool,
+    /// The peer has closed; what it said before has not all been read.
+    unwritable: bool,
 }
 
 /// What came in.
@@ -127,9 +131,10 @@ pub struct Heard {
 }
 
 impl Link {
-    /// Takes over a connected socket.
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
-        Ok(Self { channel: Some(Channel::new(stream)?), hanging_up: false })
+    /// Begins on a wire.
+    #[must_use]
+    pub fn new(wire: Wire) -> Self {
+        Self { channel: Some(Channel::new(wire)), hanging_up: false, unwritable: false }
     }
 
     /// The channel, to be waited for.
@@ -144,7 +149,7 @@ impl Link {
         self.channel.is_some()
     }
 
-    /// Bytes that the socket has not taken; `None` once it is closed.
+    /// Bytes that the wire has not taken; `None` once it is closed.
     #[must_use]
     pub fn queued(&self) -> Option<usize> {
         self.channel.as_ref().map(Channel::queued)
@@ -172,18 +177,36 @@ impl Link {
 
     /// Sends a message; tells if the channel was lost by it.
     pub fn send(&mut self, message: &Message) -> Option<String> {
+        if self.unwritable {
+            return None;
+        }
         let sent = self.channel.as_mut()?.send(message);
-        self.check(sent)
+        self.written(sent)
     }
 
     /// Sends what is queued; tells if the channel was lost by it.
     pub fn flush(&mut self) -> Option<String> {
-        let flushed = self.channel.as_mut()?.flush();
-        let lost = self.check(flushed);
-        if self.hanging_up && self.queued() == Some(0) {
+        let channel = self.channel.as_mut()?;
+        let flushed = if self.unwritable { Ok(()) } else { channel.flush() };
+        let lost = self.written(flushed);
+        // To a peer that never came to speak TLS there is nothing to say.
+        let said_all = self.unwritable || self.channel.as_ref().is_none_or(Channel::has_said_all);
+        if self.hanging_up && said_all {
             self.channel = None;
         }
         lost
+    }
+
+    /// A peer that closes the connection has often said why. That is still to be read, and the end of the
+    /// connection with it.
+    fn written(&mut self, result: Result<(), ChannelError>) -> Option<String> {
+        if let Err(ChannelError::Io(error)) = &result
+            && matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+        {
+            self.unwritable = true;
+            return None;
+        }
+        self.check(result)
     }
 
     fn check(&mut self, result: Result<(), ChannelError>) -> Option<String> {

@@ -21,6 +21,8 @@ pub mod clone;
 pub mod primary;
 pub mod receive;
 mod side;
+pub mod tls;
+pub mod wire;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -130,7 +132,8 @@ fn wait(channel: Option<&Channel>, waker: &EventFd, deadline: Duration) -> Ready
     if let Some(channel) = channel {
         // SAFETY: as above.
         let fd = unsafe { BorrowedFd::borrow_raw(channel.as_raw_fd()) };
-        let writing = if channel.queued() > 0 { PollFlags::POLLOUT } else { PollFlags::empty() };
+        let writing =
+            if channel.wants_to_write() { PollFlags::POLLOUT } else { PollFlags::empty() };
         fds.push(PollFd::new(fd, PollFlags::POLLIN | writing));
     }
     let timeout = TimeSpec::from(deadline.saturating_sub(boot_time()));

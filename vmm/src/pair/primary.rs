@@ -4,7 +4,6 @@
 //! thread hands it log bytes and outputs; nothing here ever waits for the vCPU thread except at the end of
 //! protection, when the last outputs must not be overtaken.
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -22,6 +21,7 @@ use hypervisor::GuestMemory;
 use super::boot_time;
 use super::clone::{CloneProgress, CloneSender, CloneStep};
 use super::side::{Core, Handle, Side};
+use super::wire::Wire;
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
@@ -56,7 +56,7 @@ pub struct PrimaryParts {
     /// Terms, name, capabilities, configuration.
     pub config: PrimaryConfig,
     /// A fresh connection to the backup.
-    pub stream: TcpStream,
+    pub wire: Wire,
     /// Who decides in doubt.
     pub arbiter: Arc<dyn Arbiter>,
     /// The guest's thread.
@@ -88,7 +88,7 @@ impl PrimaryThread {
         let shared_disks = parts.config.terms.disk_mode == DiskMode::Shared;
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
         let mut side = PrimarySide {
-            core: Core::new(machine, parts.stream, actions).map_err(fail)?,
+            core: Core::new(machine, parts.wire, actions).map_err(fail)?,
             gate: OutputGate::new(),
             arbiter: parts.arbiter,
             inbox: parts.inbox,

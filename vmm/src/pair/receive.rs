@@ -11,6 +11,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backup::{BackupControl, BackupHost, BackupSide};
+use super::tls::Security;
+use super::wire::Wire;
 
 /// Makes a host for each connection.
 pub type MakeHost = Box<dyn Fn() -> Box<dyn BackupHost> + Send>;
@@ -27,6 +29,7 @@ impl Receiver {
     /// Listens on `listener` in a thread of its own.
     pub fn start(
         listener: TcpListener,
+        security: Security,
         config: BackupConfig,
         make_host: MakeHost,
     ) -> std::io::Result<Self> {
@@ -36,6 +39,7 @@ impl Receiver {
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
         let serving = Serving {
             listener,
+            security,
             config,
             make_host,
             current: Arc::clone(&current),
@@ -81,6 +85,7 @@ impl Drop for Receiver {
 
 struct Serving {
     listener: TcpListener,
+    security: Security,
     config: BackupConfig,
     make_host: MakeHost,
     current: Arc<Mutex<Option<BackupControl>>>,
@@ -99,7 +104,9 @@ impl Serving {
             };
             log::info!("connection from {peer}");
             let host = (self.make_host)();
-            match BackupSide::new(stream, self.config.clone(), host) {
+            let side = Wire::accepting(stream, &self.security)
+                .and_then(|wire| BackupSide::new(wire, self.config.clone(), host));
+            match side {
                 Ok((side, control)) => {
                     self.set_current(Some(control));
                     let live = side.serve();

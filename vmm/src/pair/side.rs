@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use ft::{Arbiter, Claim, FtStatus, Generation, Message, PairId};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
+use super::wire::Wire;
 use super::{Promptness, StatusCell, boot_time, run_first, wait};
 
 /// A look at the channel older than this says nothing about the peer.
@@ -161,17 +161,13 @@ pub(super) struct Core<M: Machine> {
 
 impl<M: Machine> Core<M> {
     /// `actions` are the state machine's first.
-    pub(super) fn new(
-        machine: M,
-        stream: TcpStream,
-        actions: Vec<M::Action>,
-    ) -> std::io::Result<Self> {
+    pub(super) fn new(machine: M, wire: Wire, actions: Vec<M::Action>) -> std::io::Result<Self> {
         let status = StatusCell::default();
         let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
         let (sender, inward) = crossbeam_channel::unbounded();
         Ok(Self {
             machine,
-            link: Link::new(stream)?,
+            link: Link::new(wire),
             handle: Handle { inward: sender, waker, status: status.clone() },
             status,
             actions: actions.into(),
@@ -322,13 +318,14 @@ pub(super) trait Side {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use ft::LogPosition;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
     use crate::pair::channel::Channel;
+    use crate::pair::tls::Security;
 
     /// Says what it was given, in order, and wants each message acted upon.
     #[derive(Default)]
@@ -404,8 +401,10 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (stream, _) = listener.accept().unwrap();
-            let core = Core::new(Listener::default(), stream, Vec::new()).unwrap();
-            Self { core, peer: Channel::new(peer).unwrap(), said: 0, will_say }
+            let wire = Wire::accepting(stream, &Security::Plain).unwrap();
+            let core = Core::new(Listener::default(), wire, Vec::new()).unwrap();
+            let peer = Wire::connecting(peer, &Security::Plain, "127.0.0.1").unwrap();
+            Self { core, peer: Channel::new(peer), said: 0, will_say }
         }
 
         fn peer_speaks(&mut self) {

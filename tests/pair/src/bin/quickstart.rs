@@ -53,17 +53,31 @@ fn main() -> Result<()> {
         lab.directory().join("shared").display()
     );
 
+    certificates(&story, &lab);
     let pair = boot(&story, lab)?;
     let (pair, load) = protect(&story, pair)?;
     let (pair, load) = kill(&story, pair, load)?;
     finish(&story, pair, load)
 }
 
+fn certificates(story: &Story, lab: &Lab) {
+    story.tell("a certificate for each host, of an authority made for this pair:");
+    let directories = [Side::A, Side::B].map(|side| lab.tls_dir(side));
+    let authority = directories[0].parent().unwrap_or(lab.directory());
+    let hosts = [Side::A, Side::B].map(Side::address).join(" ");
+    println!("           $ dyad-remote make-test-ca {} {hosts}", authority.display());
+}
+
+/// How a host's `dyad` is started, up to what it boots.
+fn dyad(lab: &Lab, side: Side, socket: &str) -> String {
+    format!("dyad --api-socket {socket} --ft-tls-dir {}", lab.tls_dir(side).display())
+}
+
 fn boot(story: &Story, lab: Lab) -> Result<Pair> {
     let options: Vec<String> = lab.boot_options("");
     let line: Vec<String> = options.iter().map(|word| quoted(word)).collect();
     story.tell("host a boots a stock Debian kernel:");
-    story.command(Side::A, &format!("dyad --api-socket a1.sock {}", line.join(" ")));
+    story.command(Side::A, &format!("{} {}", dyad(&lab, Side::A, "a1.sock"), line.join(" ")));
     let start = Instant::now();
     let pair = Pair::boot(lab)?;
     let took = start.elapsed();
@@ -81,7 +95,7 @@ fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
     story.tell("host b waits for a VM, host a is told to protect its own:");
     let url = format!("tcp:{}:{LOGGING_PORT}", Side::B.address());
     let claims = pair.lab.claims();
-    story.command(Side::B, "dyad --api-socket b2.sock");
+    story.command(Side::B, &dyad(&pair.lab, Side::B, "b2.sock"));
     story
         .command(Side::B, &format!("dyad-remote --api-socket b2.sock ft-receive listen_url={url}"));
     story.command(
@@ -93,7 +107,7 @@ fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
     );
     let protected = pair.protect()?;
     story.tell(&format!(
-        "protected: {:.2} s to copy the running guest, which stood still for {:.1} ms of it",
+        "protected, over TLS: {:.2} s to copy the running guest, which stood still for {:.1} ms of it",
         protected.took.as_secs_f64(),
         protected.pause.as_secs_f64() * 1e3
     ));
