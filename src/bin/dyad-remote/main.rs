@@ -88,7 +88,8 @@ enum Command {
     /// tls_dir is a directory with ca.pem, host.pem and host.key; instead of it, tls_ca=FILE,
     /// tls_certificate=FILE and tls_key=FILE, or insecure=on on both sides for plain TCP. Without any of
     /// these, what dyad was started with (--ft-tls-dir). The primary is believed if its certificate is of
-    /// the CA and, with allowed_peers=[NAME,...], names one of these.
+    /// the CA and, with allowed_peers=[NAME,...], names one of these. A VM with more than
+    /// max_memory_bytes=SIZE is refused.
     FtReceive {
         /// listen_url=tcp:HOST:PORT[,tls_dir=DIR][,...]
         options: String,
