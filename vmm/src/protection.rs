@@ -23,6 +23,7 @@ use ft::{
 
 use crate::api::{ChosenSecurity, ControlError, FtEnableConfig, TcpUrl};
 use crate::config::VmConfig;
+use crate::machine::facts;
 use crate::pair::clone::CloneHeader;
 use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
 use crate::pair::wire::Wire;
@@ -435,11 +436,12 @@ impl Inner {
         }
         let vm = state.vm.as_ref().ok_or("the VM is not running")?;
         let config = serde_json::to_string(vm.config()).map_err(|error| chain(&error))?;
-        let header = CloneHeader { config, host: vm.host().clone() };
+        let devices = facts::facts(vm.config(), vm.host()).map_err(|error| chain(&error))?;
+        let header = CloneHeader { config, host: vm.host().clone(), devices };
         let capabilities = Capabilities {
             cpu_model: MACHINE_MODEL.into(),
             memory_bytes: vm.config().memory.size,
-            devices: devices(vm.config()),
+            devices: device_kinds(vm.config()),
             disk_modes: vec![terms.disk_mode],
         };
         let observer = Observer {
@@ -548,7 +550,7 @@ fn connect(standby: &str, security: &ChosenSecurity) -> Result<Wire, String> {
 }
 
 /// The kinds of device that a configuration uses, as [`pair::capabilities`] names them.
-fn devices(config: &VmConfig) -> Vec<String> {
+fn device_kinds(config: &VmConfig) -> Vec<String> {
     let mut devices = vec!["virtio-rng"];
     if !config.disks().is_empty() {
         devices.push("virtio-blk");

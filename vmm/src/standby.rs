@@ -10,6 +10,7 @@ use hypervisor::{GuestMemory, Hypervisor};
 use crate::api::{ChosenSecurity, TcpUrl, VmEnd};
 use crate::boot::Payload;
 use crate::config::VmConfig;
+use crate::machine::facts;
 use crate::pair::backup::BackupHost;
 use crate::pair::clone::{CloneHeader, CloneState};
 use crate::protection::Protection;
@@ -55,14 +56,19 @@ impl BackupHost for Standby {
         config
             .validate()
             .map_err(|error| format!("the backup cannot run this VM: {}", chain(&error)))?;
+        let devices = facts::facts(&config, &header.host)
+            .map_err(|error| format!("the backup cannot build this VM: {}", chain(&error)))?;
+        let differences = facts::differences(&header.devices, &devices);
+        if !differences.is_empty() {
+            return Err(differences.join("; "));
+        }
         let prepared = Prepared::new(&*self.hypervisor, config, Some(header.host.clone()))
             .map_err(|error| format!("the backup cannot take this VM: {}", chain(&error)))?;
         let sectors = prepared.disk_sectors();
-        if sectors != header.host.disk_sectors {
-            return Err(format!(
-                "the disks differ: {:?} sectors on the primary, {sectors:?} on the backup",
-                header.host.disk_sectors
-            ));
+        let differences =
+            facts::disk_differences(prepared.config(), &header.host.disk_sectors, &sectors);
+        if !differences.is_empty() {
+            return Err(differences.join("; "));
         }
         let memory = prepared.memory().clone();
         self.prepared = Some(prepared);

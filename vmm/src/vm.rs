@@ -86,6 +86,12 @@ impl Prepared {
         &self.memory
     }
 
+    /// Its configuration, complete.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
     /// The disks as they are here; a backup's must be as large as the primary's.
     #[must_use]
     pub fn disk_sectors(&self) -> Vec<u64> {

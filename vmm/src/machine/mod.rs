@@ -9,6 +9,7 @@
 //! Devices are known to events and effects by a number, `device`: their slot on the PCI bus.
 
 mod bus;
+pub mod facts;
 pub mod layout;
 mod state;
 mod tree;

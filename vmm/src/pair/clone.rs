@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::Payload;
 use crate::guest::{GuestState, encode};
 use crate::machine::HostFacts;
+use crate::machine::facts::DeviceFacts;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::recorder::Recorder;
 use crate::run_loop::{self, Command, CommandError, Frozen};
@@ -41,6 +42,8 @@ pub struct CloneHeader {
     pub config: String,
     /// What the machine took from the host it was first started on.
     pub host: HostFacts,
+    /// The devices that the guest sees.
+    pub devices: Vec<DeviceFacts>,
 }
 
 /// The guest where primary and backup part; see [`ft::Message::State`].

@@ -16,7 +16,7 @@
 
 pub mod arbiter;
 pub mod backup;
-mod channel;
+pub mod channel;
 pub mod clone;
 pub mod primary;
 pub mod receive;
