@@ -67,6 +67,8 @@ fn run(options: &Options) -> anyhow::Result<()> {
     for call in first_call {
         let (response, _) = dispatch(call, &mut vmm, &events);
         if response.status >= 300 {
+            // A client may be waiting for its answer, and the API thread with it.
+            drop(event_loop);
             return Err(refusal(response.body.as_deref().unwrap_or_default()));
         }
     }
