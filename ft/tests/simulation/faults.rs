@@ -27,6 +27,12 @@ pub enum Fault {
     ArbiterForgetful { for_us: u64 },
     /// Answers take long.
     ArbiterSlow { for_us: u64 },
+    /// What is asked fails, and takes effect later.
+    ArbiterLate { for_us: u64 },
+    /// One host reaches an empty place instead.
+    ArbiterElsewhere { node: usize, for_us: u64 },
+    /// The disk tells late that writes are done.
+    SlowDisk { for_us: u64 },
     /// The backup's vCPU gets little time.
     SlowReplay { for_us: u64 },
     /// A clock jumps ahead.
@@ -68,7 +74,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         1 => rng.range(150_000, 500_000),
         _ => rng.range(500_000, 3_000_000),
     };
-    match rng.range(0, 26) {
+    match rng.range(0, 29) {
         0..3 => Fault::CrashProcess { node },
         3 => Fault::CrashHost { node },
         4..9 => Fault::Freeze { node, for_us },
@@ -85,6 +91,9 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         22 => Fault::FlipBit,
         23 => Fault::HandOver,
         24 => Fault::TakeOver,
+        25 => Fault::ArbiterLate { for_us },
+        26 => Fault::ArbiterElsewhere { node, for_us },
+        27 => Fault::SlowDisk { for_us },
         _ => Fault::Disable,
     }
 }

@@ -11,6 +11,7 @@
 //! runs it again with its whole story. `DYAD_SIM_SEEDS` sets how many seeds run, `DYAD_SIM_FIRST` the
 //! first.
 
+mod arbiter;
 mod checkers;
 mod faults;
 mod guest;
@@ -129,6 +130,11 @@ fn finds_a_gate_that_releases_early() {
 #[test]
 fn finds_a_claim_that_is_not_exclusive() {
     finds(Plant::ClaimNotExclusive, &["one_live"]);
+}
+
+#[test]
+fn finds_an_arbiter_that_was_not_agreed_upon() {
+    finds(Plant::EmptyPlaceDecides, &["one_live", "fencing", "drained"]);
 }
 
 #[test]

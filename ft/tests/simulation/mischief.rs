@@ -45,6 +45,11 @@ impl World {
                 }
             }
             Fault::ArbiterForgetful { for_us } => self.arbiter.forgetful_until = t + for_us,
+            Fault::ArbiterLate { for_us } => self.arbiter.late_until = t + for_us,
+            Fault::ArbiterElsewhere { node, for_us } => {
+                self.arbiter.elsewhere_until.insert(node, t + for_us);
+            }
+            Fault::SlowDisk { for_us } => self.disk_slow_until = t + for_us,
             Fault::ArbiterSlow { for_us } => self.arbiter.slow_until = t + for_us,
             Fault::SlowReplay { for_us } => {
                 for node in &mut self.nodes {

@@ -8,6 +8,8 @@ pub enum Plant {
     GateReleasesEarly,
     /// The arbiter tells everybody that they have won.
     ClaimNotExclusive,
+    /// Claims count also where no generation was announced.
+    EmptyPlaceDecides,
     /// The backup takes what it has received for executed.
     LiveWithoutDraining,
     /// The primary takes the time at which an echo is read for the time at which it was sent.

@@ -39,6 +39,10 @@ fn capabilities() -> Capabilities {
 impl World {
     /// `ft.enable`: the VM on `id` is to be protected by the process on `peer`.
     pub fn protect(&mut self, id: usize, peer: usize, terms: Terms) {
+        let generation = terms.generation.0;
+        if let Err(reason) = self.arbiter.announce(self.t, id, generation) {
+            return self.note(|| format!("host{id} cannot be protected: {reason}"));
+        }
         let ends = (self.nodes[id].end(), self.nodes[peer].end());
         let connection = self.network.connect(ends.0, ends.1);
         self.nodes[peer].connection = Some((connection, 1));
@@ -497,8 +501,15 @@ impl World {
     }
 
     pub fn accept(&mut self, id: usize) {
-        if self.nodes[id].state_name() == "preparing" {
-            self.step_backup(id, backup::Input::Accept);
+        let node = &self.nodes[id];
+        let Role::Backup(machine) = &node.role else { return };
+        if node.state_name() != "preparing" {
+            return;
+        }
+        let generation = machine.terms().map_or(0, |terms| terms.generation.0);
+        match self.arbiter.verify(self.t, id, generation) {
+            Ok(()) => self.step_backup(id, backup::Input::Accept),
+            Err(reason) => self.step_backup(id, backup::Input::Refuse { reason }),
         }
     }
 

@@ -130,6 +130,41 @@ fn arbiter_crashes_between_claim_and_answer() {
 }
 
 #[test]
+fn arbiter_acts_when_it_was_given_up() {
+    let faults = [
+        (AT - 100_000, Fault::ArbiterLate { for_us: 1_000_000 }),
+        (AT, Fault::Partition { for_us: 3_000_000 }),
+    ];
+    tell(&faults, |outcome| {
+        assert!(!outcome.lost && said(outcome, "acts at last"));
+        // Whoever it acted for, the other has lost.
+        assert!(said(outcome, "host0 halts") || said(outcome, "host0 goes alone"));
+    });
+}
+
+#[test]
+fn arbiters_file_system_is_not_mounted_when_the_primary_dies() {
+    let faults = [
+        (AT - 100_000, Fault::ArbiterElsewhere { node: 1, for_us: 2_000_000 }),
+        (AT, Fault::CrashProcess { node: 0 }),
+    ];
+    tell(&faults, |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(said(outcome, "waiting for arbiter"));
+        assert!(outcome.failover_us[0] > 1_500_000, "went live by another arbiter");
+    });
+}
+
+#[test]
+fn disk_is_slow_when_the_primary_dies() {
+    let faults = [
+        (AT - 300_000, Fault::SlowDisk { for_us: 1_000_000 }),
+        (AT, Fault::CrashProcess { node: 0 }),
+    ];
+    tell(&faults, |outcome| assert!(outcome.failovers == 1 && !outcome.lost));
+}
+
+#[test]
 fn operator_hands_over() {
     tell(&[(AT, Fault::HandOver)], |outcome| {
         assert!(outcome.failovers == 1 && !outcome.lost);

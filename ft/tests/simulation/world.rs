@@ -1,8 +1,9 @@
 //! The world: virtual time, hosts, the network, the shared disk, the arbiter, clients, and the faults
 //! that come over them. One seed, one history.
 
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BinaryHeap;
 
+use crate::arbiter::ArbiterModel;
 use crate::checkers::{Checkers, Violation};
 use crate::faults::{Fault, plan};
 use crate::guest::{CLIENTS, Guest, Output};
@@ -64,6 +65,16 @@ pub enum Happening {
         generation: u64,
         answer: Result<ft::Claim, String>,
     },
+    /// The arbiter acts on a question that was given up.
+    ClaimActs {
+        who: String,
+        generation: u64,
+    },
+    /// The disk tells that a request is done.
+    Completed {
+        at: End,
+        request: u64,
+    },
     Thaw {
         node: usize,
     },
@@ -105,15 +116,6 @@ impl Ord for Scheduled {
     }
 }
 
-/// The arbiter: a test-and-set that answers late, or not.
-#[derive(Default)]
-pub struct ArbiterModel {
-    pub claims: BTreeMap<u64, String>,
-    pub down_until: BTreeMap<usize, u64>,
-    pub forgetful_until: u64,
-    pub slow_until: u64,
-}
-
 pub struct World {
     pub t: u64,
     pub rng: Rng,
@@ -122,6 +124,8 @@ pub struct World {
     pub nodes: Vec<Node>,
     pub network: Network,
     pub arbiter: ArbiterModel,
+    /// Until when the disk tells late that a write is done.
+    pub disk_slow_until: u64,
     /// What is on the shared disk, by client.
     pub disk: [u64; CLIENTS],
     /// The request that each client waits for.
@@ -175,6 +179,7 @@ impl World {
             nodes,
             network: Network::new(),
             arbiter: ArbiterModel::default(),
+            disk_slow_until: 0,
             disk: [0; CLIENTS],
             waiting: [1; CLIENTS],
             checkers: Checkers::new(),
@@ -289,10 +294,12 @@ impl World {
             | Happening::Quiet { at }
             | Happening::CloneStep { at, .. }
             | Happening::Loaded { at }
+            | Happening::Completed { at, .. }
             | Happening::Accept { at } => Some(*at),
             Happening::ArbiterAnswers { to, .. } => Some(*to),
             Happening::Landed { .. }
             | Happening::AskArbiter { .. }
+            | Happening::ClaimActs { .. }
             | Happening::Thaw { .. }
             | Happening::Heal
             | Happening::Fault(_)
@@ -326,6 +333,8 @@ impl World {
             Happening::ArbiterAnswers { to, generation, answer } => {
                 self.arbiter_answers(to.node, generation, answer);
             }
+            Happening::ClaimActs { who, generation } => self.claim_acts(&who, generation),
+            Happening::Completed { at, request } => self.completed(at.node, request),
             Happening::Thaw { node } => self.thaw(node),
             Happening::Heal => self.heal(),
             Happening::Fault(fault) => self.fault(fault),
@@ -349,6 +358,13 @@ impl World {
         self.after(250_000, Happening::ClientAsks { client });
     }
 
+    /// The guest hears of a write, unless its process has lost it meanwhile.
+    fn completed(&mut self, node: usize, request: u64) {
+        let status = 0;
+        let event = ft::Event::DiskCompletion { device: 0, request, status, data: Vec::new() };
+        self.nodes[node].inputs.push(event);
+    }
+
     /// An output has reached the world.
     fn landed(&mut self, from: End, tagged: Tagged) {
         self.checkers.landed(self.t, from, &tagged);
@@ -356,14 +372,12 @@ impl World {
             Output::Write { id, client, request } => {
                 self.checkers.written(self.t, from, self.disk[client], request);
                 self.disk[client] = request;
-                if self.lives(from) {
-                    self.nodes[from.node].inputs.push(ft::Event::DiskCompletion {
-                        device: 0,
-                        request: id,
-                        status: 0,
-                        data: Vec::new(),
-                    });
-                }
+                let late = if self.t < self.disk_slow_until {
+                    self.rng.range(20_000, 1_000_000)
+                } else {
+                    0
+                };
+                self.after(late, Happening::Completed { at: from, request: id });
             }
             Output::Answer { client, request, total } => {
                 let awaited = self.waiting[client];
@@ -388,33 +402,6 @@ impl World {
             node.under_way -= 1;
             self.after(1, Happening::Quiet { at: from });
         }
-    }
-
-    fn ask_arbiter(&mut self, by: End, who: String, generation: u64) {
-        let t = self.t;
-        let down = self.arbiter.down_until.get(&by.node).is_some_and(|until| t < *until);
-        let delay = if t < self.arbiter.slow_until {
-            self.rng.range(100_000, 1_500_000)
-        } else {
-            self.rng.range(200, 5_000)
-        };
-        let answer = if down {
-            Err("no such directory".into())
-        } else {
-            let winner = self.arbiter.claims.entry(generation).or_insert_with(|| who.clone());
-            if t < self.arbiter.forgetful_until {
-                Err("the answer was lost".into())
-            } else if *winner == who || self.plant == Some(Plant::ClaimNotExclusive) {
-                Ok(ft::Claim::Won)
-            } else {
-                Ok(ft::Claim::Lost { by: winner.clone() })
-            }
-        };
-        self.note(|| format!("arbiter: {who} claims {generation}: {answer:?}"));
-        if answer.is_err() && self.plant == Some(Plant::NoRetry) {
-            return;
-        }
-        self.after(delay, Happening::ArbiterAnswers { to: by, generation, answer });
     }
 
     fn heal(&mut self) {
