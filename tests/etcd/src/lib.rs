@@ -3,13 +3,16 @@
 //! Members can be killed, started again with their data, frozen and thawed. Dropping the cluster ends
 //! them, and so does the death of the thread that started them.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -20,16 +23,11 @@ const START: Duration = Duration::from_secs(30);
 /// Ports that were free may be taken when etcd asks for them: so often others are tried.
 const TRIES: u32 = 3;
 
-/// Starts a process somewhere.
-pub type Spawn = Box<dyn Fn(Command) -> Result<Child>>;
-/// Asks a member whether it is healthy, from where it can be reached.
-pub type Ask = Box<dyn Fn(SocketAddr) -> bool>;
-
 /// Members on one address.
 pub struct Cluster {
     members: Vec<Member>,
-    spawn: Spawn,
-    ask: Ask,
+    /// The network namespace that the members live in, if it is not that of the test.
+    namespace: Option<File>,
     directory: tempfile::TempDir,
 }
 
@@ -65,7 +63,7 @@ impl Cluster {
         for _ in 0..TRIES {
             let ports = free_ports(2 * count)?;
             let address = Ipv4Addr::LOCALHOST.into();
-            match Self::start_at(address, &ports, Box::new(spawn_here), Box::new(is_healthy)) {
+            match Self::start_at(address, &ports, None) {
                 Ok(cluster) => return Ok(cluster),
                 Err(error) => last = Some(error),
             }
@@ -73,12 +71,13 @@ impl Cluster {
         Err(last.context("no try was made")?)
     }
 
-    /// Members on `address`, two `ports` for each, all healthy.
+    /// Members on `address`, two `ports` for each, all healthy. They live in `namespace`, a file such as
+    /// `/proc/PID/ns/net`.
     ///
     /// # Errors
     ///
     /// As [`Cluster::start`].
-    pub fn start_at(address: IpAddr, ports: &[u16], spawn: Spawn, ask: Ask) -> Result<Self> {
+    pub fn start_at(address: IpAddr, ports: &[u16], namespace: Option<&Path>) -> Result<Self> {
         let members = ports.chunks_exact(2).enumerate().map(|(index, ports)| Member {
             name: format!("m{index}"),
             client: SocketAddr::new(address, ports[0]),
@@ -86,7 +85,8 @@ impl Cluster {
             child: None,
         });
         let directory = tempfile::Builder::new().prefix("etcd-").tempdir()?;
-        let mut cluster = Self { members: members.collect(), spawn, ask, directory };
+        let namespace = namespace.map(File::open).transpose()?;
+        let mut cluster = Self { members: members.collect(), namespace, directory };
         for index in 0..cluster.members.len() {
             cluster.launch(index)?;
         }
@@ -131,7 +131,7 @@ impl Cluster {
             .collect();
         let member = &self.members[index];
         ensure!(member.child.is_none(), "the member runs");
-        let log = std::fs::File::options().create(true).append(true).open(self.log(index))?;
+        let log = File::options().create(true).append(true).open(self.log(index))?;
         let (client, peer) =
             (format!("http://{}", member.client), format!("http://{}", member.peer));
         let mut command = Command::new(PROGRAM);
@@ -148,7 +148,7 @@ impl Cluster {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        let child = (self.spawn)(command)?;
+        let child = self.spawn(command)?;
         self.members[index].child = Some(child);
         Ok(())
     }
@@ -163,7 +163,7 @@ impl Cluster {
         for index in 0..self.members.len() {
             while self.members[index].child.is_some() {
                 let client = self.members[index].client;
-                if (self.ask)(client) {
+                if self.is_healthy(client) {
                     break;
                 }
                 let ended = match &mut self.members[index].child {
@@ -205,6 +205,33 @@ impl Cluster {
         Ok(kill(Pid::from_raw(child.id().cast_signed()), signal)?)
     }
 
+    /// Starts a process that dies with the calling thread.
+    fn spawn(&self, mut command: Command) -> Result<Child> {
+        let namespace = self.namespace.as_ref().map(File::try_clone).transpose()?;
+        // SAFETY: the closure makes two system calls and touches no memory but its own stack and a number,
+        // which is all that is allowed between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                if let Some(namespace) = &namespace {
+                    setns(namespace, CloneFlags::CLONE_NEWNET)?;
+                }
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                Ok(())
+            });
+        }
+        command.spawn().with_context(|| format!("cannot start {PROGRAM}"))
+    }
+
+    fn is_healthy(&self, client: SocketAddr) -> bool {
+        let Some(namespace) = &self.namespace else { return is_healthy(client) };
+        // A thread that has entered a namespace stays in it.
+        std::thread::scope(|scope| {
+            let inside =
+                || setns(namespace, CloneFlags::CLONE_NEWNET).is_ok() && is_healthy(client);
+            scope.spawn(inside).join().unwrap_or(false)
+        })
+    }
+
     fn log(&self, index: usize) -> std::path::PathBuf {
         self.directory.path().join(format!("{}.log", self.members[index].name))
     }
@@ -220,19 +247,6 @@ impl Drop for Cluster {
     }
 }
 
-/// Starts a process that dies with the calling thread.
-fn spawn_here(mut command: Command) -> Result<Child> {
-    // SAFETY: the closure makes one system call and touches no memory but its own stack, which is all that
-    // is allowed between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-            Ok(())
-        });
-    }
-    command.spawn().with_context(|| format!("cannot start {PROGRAM}"))
-}
-
 /// Ports that nobody listens on just now.
 fn free_ports(count: usize) -> Result<Vec<u16>> {
     let listeners: std::io::Result<Vec<_>> =
@@ -241,8 +255,7 @@ fn free_ports(count: usize) -> Result<Vec<u16>> {
 }
 
 /// Whether the member at `client` says that it can do its work, which takes a majority.
-#[must_use]
-pub fn is_healthy(client: SocketAddr) -> bool {
+fn is_healthy(client: SocketAddr) -> bool {
     let patience = Duration::from_secs(1);
     let ask = || -> std::io::Result<Vec<u8>> {
         let mut stream = TcpStream::connect_timeout(&client, patience)?;

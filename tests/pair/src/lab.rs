@@ -28,6 +28,8 @@ pub struct Lab {
     /// The guest.
     pub guest: Guest,
     /// Image of the root file system with real programs, if the guest is to have it.
+    /// Who decides which side may live; the directory [`Self::claims`] if nothing else was chosen.
+    pub arbiter_url: String,
     programs: Option<PathBuf>,
     directory: tempfile::TempDir,
     started: Cell<u32>,
@@ -51,7 +53,17 @@ impl Lab {
         let disk = Disk::create(shared.join("disk.raw"), DISK_BYTES)?;
         make_certificates(directory.path())?;
         let (network, started) = (Network::new()?, Cell::new(0));
-        Ok(Self { network, disk, guest, programs: None, directory, started, _turn: turn })
+        let arbiter_url = format!("file:{}", shared.join("claims").display());
+        Ok(Self {
+            network,
+            disk,
+            guest,
+            arbiter_url,
+            programs: None,
+            directory,
+            started,
+            _turn: turn,
+        })
     }
 
     /// As [`Self::new`]; the guest goes on in the root file system with real programs.

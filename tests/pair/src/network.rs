@@ -124,6 +124,29 @@ impl Network {
         }
     }
 
+    /// Gives a host an address in the guests' network, by which it reaches what runs at the switch.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses.
+    pub fn connect_to_switch(&self, side: Side) -> Result<()> {
+        let last = match side {
+            Side::A => 2,
+            Side::B => 3,
+        };
+        self.host(side).ip(&format!("addr add 10.77.0.{last}/{PREFIX} dev br0"))
+    }
+
+    /// Pulls or plugs the cable between the hosts; both still reach the switch.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses.
+    pub fn set_link_between_hosts(&self, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        self.b.ip(&format!("link set ft0 {state}"))
+    }
+
     /// Pulls or plugs both cables of a host: nothing a dying host says gets out.
     ///
     /// # Errors

@@ -102,7 +102,7 @@ impl Pair {
         if self.status()?.reprotection.is_none_or(|search| search.state == "no standby") {
             let mut enable = json!({
                 "backup_url": listen,
-                "arbiter_url": format!("file:{}", self.lab.claims().display()),
+                "arbiter_url": self.lab.arbiter_url,
             });
             merge(&mut enable, more);
             self.primary.api().put_json("ft.enable", &enable)?;
