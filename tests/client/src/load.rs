@@ -211,6 +211,12 @@ impl Load {
         self.finish()
     }
 
+    /// Stops at once and returns the answers so far: for a service that has died for good.
+    #[must_use]
+    pub fn abandon(self) -> Vec<Acknowledged> {
+        std::mem::take(&mut self.shared.progress().answers)
+    }
+
     /// Waits until every connection has sent its [`Options::requests`] and returns all answers.
     ///
     /// # Errors

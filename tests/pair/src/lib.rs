@@ -14,6 +14,7 @@ pub mod namespace;
 pub mod network;
 pub mod pair;
 pub mod patience;
+pub mod proxy;
 pub mod requirements;
 pub mod soak;
 pub mod vmm;

@@ -155,17 +155,45 @@ impl Network {
     pub fn set_links(&self, side: Side, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         self.host(side).ip(&format!("link set uplink {state}"))?;
+        self.set_logging_link(side, up)
+    }
+
+    /// Pulls or plugs a host's end of the cable between the hosts; clients do not notice.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses.
+    pub fn set_logging_link(&self, side: Side, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
         self.host(side).ip(&format!("link set ft0 {state}"))
+    }
+
+    /// Loses, or no longer loses, every frame that the other host sends to this one over the cable between
+    /// them. What this one sends still arrives.
+    ///
+    /// # Errors
+    ///
+    /// If `ip` refuses.
+    pub fn lose_frames_to(&self, side: Side, lost: bool) -> Result<()> {
+        let (sender, address) = (self.host(side.other()), side.address());
+        if lost {
+            // An address of the link layer that nobody has.
+            let nobody = "02:00:00:00:00:99";
+            sender.ip(&format!("neigh replace {address} lladdr {nobody} dev ft0 nud permanent"))
+        } else {
+            sender.ip(&format!("neigh del {address} dev ft0"))
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::Context;
     use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn the_hosts_hear_each_other_and_a_pulled_cable_is_silent() -> Result<()> {
+    fn the_hosts_hear_each_other_unless_a_cable_is_dead() -> Result<()> {
         if !crate::requirements::met("network", &[crate::requirements::Need::Root]) {
             return Ok(());
         }
@@ -179,9 +207,17 @@ mod tests {
         // A link just set up may lose the first packet; TCP sends it again after a second.
         connect(10)??;
         listener.accept()?;
-        network.set_links(Side::B, false)?;
-        let refused = connect(2)?;
-        assert!(refused.is_err());
+        for (what, cut) in [
+            ("frames to b are lost", &(|cut| network.lose_frames_to(Side::B, cut)) as &dyn Fn(_) -> _),
+            ("frames to a are lost", &|cut| network.lose_frames_to(Side::A, cut)),
+            ("cables pulled", &|cut| network.set_links(Side::B, !cut)),
+        ] {
+            let cut: &dyn Fn(bool) -> Result<()> = cut;
+            cut(true)?;
+            assert!(connect(1)?.is_err(), "{what}");
+            cut(false)?;
+            connect(10)?.with_context(|| format!("after {what}"))?;
+        }
         Ok(())
     }
 }
