@@ -6,6 +6,7 @@
 
 pub mod console;
 pub mod disk;
+pub mod faults;
 pub mod guest;
 pub mod interrupt;
 pub mod kills;

@@ -7,18 +7,15 @@ use anyhow::{Context, Result, ensure};
 use ft::FtStatus;
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
-use nix::sys::signal::Signal;
+use pair_tests::faults::{Fault, Storm, proxy, through};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
-use pair_tests::network::Side;
-use pair_tests::pair::{CHANGE, Death, LOGGING_PORT, Pair, wait_for_status};
+use pair_tests::pair::{CHANGE, LOGGING_PORT, Pair, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::proxy::{Proxy, Weather};
 use pair_tests::requirements::{Need, met};
-use pair_tests::vmm::Vmm;
 use serde_json::json;
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 
@@ -39,128 +36,58 @@ fn story(name: &str, plot: impl FnOnce(&mut Pair, &Load) -> Result<()>) -> Resul
     Ok(())
 }
 
-/// Protects `pair` with all logging through the proxy.
-fn protect_through_proxy(pair: &mut Pair, seed: u64) -> Result<Proxy> {
-    let other = pair.side.other();
-    let target = SocketAddr::new(other.address().parse()?, LOGGING_PORT);
-    let proxy = Proxy::start(pair.lab.network.host(other), other.address(), target, seed)?;
-    pair.protect_with(&json!({}), &through(&proxy))?;
-    Ok(proxy)
-}
-
-fn through(proxy: &Proxy) -> serde_json::Value {
-    json!({ "backup_url": format!("tcp:{}", proxy.address()) })
-}
-
-/// After a fault between the hosts: waits until one side runs alone and the other has given up for good, and
-/// makes the live one the pair's primary. Returns the other.
-fn settle(pair: &mut Pair) -> Result<Vmm> {
-    let lives = |status: &FtStatus| status.role == "alone" || status.state == "alone";
-    let gave_up =
-        |status: &FtStatus| matches!(status.state.as_str(), "halted" | "listening" | "discarded");
-    let backup = pair.backup.as_ref().context("there is no backup")?;
-    let backup_lives = eventually(CHANGE, "one side lives, the other does not", || {
-        let (one, other) = (pair.primary.ft_status()?, backup.ft_status()?);
-        ensure!(!(lives(&one) && lives(&other)), "both live: {one:?} and {other:?}");
-        Ok(match (lives(&one) && gave_up(&other), gave_up(&one) && lives(&other)) {
-            (true, _) => Some(false),
-            (_, true) => Some(true),
-            _ => None,
-        })
-    })?;
-    if backup_lives { pair.change_sides() } else { pair.backup.take().context("no backup") }
+/// A story of one fault, after which the VM is protected again.
+fn strikes(fault: Fault) -> Result<()> {
+    story(&format!("{fault:?}"), |pair, load| {
+        let proxy = proxy(pair, 1)?;
+        pair.protect_with(&json!({}), &through(&proxy, fault.terms()))?;
+        progress(load, 20)?;
+        fault.strike(pair, &proxy, load)?;
+        pair.protect().map(drop)
+    })
 }
 
 #[test]
 fn a_backup_that_was_only_asleep_gives_up() -> Result<()> {
-    story("backup stopped and continued", |pair, load| {
-        pair.protect()?;
-        progress(load, 20)?;
-        let backup = pair.backup.take().context("no backup")?;
-        backup.signal(Signal::SIGSTOP)?;
-        pair.wait_until_alone()?;
-        progress(load, 20)?;
-        backup.signal(Signal::SIGCONT)?;
-        let status = wait_for_status(&backup, "gives up", |status| {
-            matches!(status.state.as_str(), "listening" | "discarded")
-        })?;
-        ensure!(status.last_failover.is_none(), "it went live: {status:?}");
-        progress(load, 20)?;
-        drop(backup);
-        pair.protect().map(drop)
-    })
+    strikes(Fault::BackupAsleep)
 }
 
 #[test]
 fn a_link_that_is_dead_both_ways_leaves_one_side() -> Result<()> {
-    story("link between the hosts down", |pair, load| {
-        pair.protect()?;
-        progress(load, 20)?;
-        pair.lab.network.set_logging_link(Side::A, false)?;
-        let loser = settle(pair)?;
-        progress(load, 20)?;
-        pair.lab.network.set_logging_link(Side::A, true)?;
-        progress(load, 20)?;
-        drop(loser);
-        pair.protect().map(drop)
-    })
+    strikes(Fault::LinkDead)
 }
 
 #[test]
-fn a_link_that_is_dead_one_way_leaves_one_side() -> Result<()> {
-    story("link between the hosts down one way", |pair, load| {
-        for to in [Side::B, Side::A] {
-            pair.protect()?;
-            progress(load, 20)?;
-            pair.lab.network.lose_frames_to(to, true)?;
-            let loser = settle(pair)?;
-            progress(load, 20)?;
-            pair.lab.network.lose_frames_to(to, false)?;
-            progress(load, 20)?;
-            drop(loser);
-        }
-        Ok(())
-    })
+fn a_link_that_is_dead_towards_the_backup_leaves_one_side() -> Result<()> {
+    strikes(Fault::LinkDeadToBackup)
+}
+
+#[test]
+fn a_link_that_is_dead_towards_the_primary_leaves_one_side() -> Result<()> {
+    strikes(Fault::LinkDeadToPrimary)
 }
 
 #[test]
 fn a_cut_connection_between_healthy_hosts_leaves_one_side() -> Result<()> {
-    story("logging connection cut", |pair, load| {
-        let proxy = protect_through_proxy(pair, 1)?;
-        progress(load, 20)?;
-        proxy.cut();
-        let loser = settle(pair)?;
-        progress(load, 20)?;
-        drop(loser);
-        pair.protect().map(drop)
-    })
+    strikes(Fault::ConnectionCut)
 }
 
 #[test]
 fn a_slow_and_lossy_link_costs_time_and_nothing_else() -> Result<()> {
-    story("slow and lossy link", |pair, load| {
-        let target = SocketAddr::new(Side::B.address().parse()?, LOGGING_PORT);
-        let network = &pair.lab.network;
-        let proxy = Proxy::start(network.host(Side::B), Side::B.address(), target, 2)?;
-        // Room for the stalls of a lossy link in the failure timeout: what is tested is not detection.
-        let mut patient = through(&proxy);
-        patient["failure_timeout_ms"] = json!(5_000);
-        pair.protect_with(&json!({}), &patient)?;
-        proxy.set(Weather {
-            delay: Duration::from_millis(5),
-            jitter: Duration::from_millis(10),
-            loss: 0.01,
-            rate: Some(2 << 20),
-            ..Weather::default()
-        });
-        progress(load, 50)?;
-        let status = pair.status()?;
-        ensure!(status.state == "protected", "{status:?}");
-        ensure!(status.output_delay.max_us >= 10_000, "outputs wait for a slow link: {status:?}");
-        let dead = pair.kill_primary(Death::Process)?;
-        load.first_answer_after(dead)?;
-        Ok(())
-    })
+    strikes(Fault::SlowLinkThenKilled)
+}
+
+#[test]
+fn ten_faults_at_random() -> Result<()> {
+    if !met("ten faults at random", &NEEDS) {
+        return Ok(());
+    }
+    let storm = Storm { count: 10, seed: 1 };
+    let verdict = storm.run(Lab::new()?, |number, fault, took| {
+        println!("{number}: {fault:?}, answered again and settled after {took:?}");
+    })?;
+    ensure!(verdict.acknowledged > 100, "{verdict:?}");
+    Ok(())
 }
 
 /// Weather in which the copy stays in one phase, and that phase's name.
@@ -183,8 +110,8 @@ fn enter_phase(pair: &mut Pair, proxy: &Proxy, phase: &str, weather: Weather) ->
     let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
     pair.backup = Some(backup);
-    let mut enable = through(proxy);
-    enable["arbiter_url"] = json!(format!("file:{}", pair.lab.claims().display()));
+    let arbiter_url = format!("file:{}", pair.lab.claims().display());
+    let enable = through(proxy, json!({ "arbiter_url": arbiter_url }));
     let api = pair.primary.api().clone();
     // Its answer is a refusal when the story kills the backup, and an error when it kills the primary.
     std::thread::spawn(move || api.put_json("ft.enable", &enable));
@@ -206,10 +133,8 @@ fn enter_phase(pair: &mut Pair, proxy: &Proxy, phase: &str, weather: Weather) ->
 #[test]
 fn a_backup_killed_in_any_phase_of_the_copy_costs_nothing() -> Result<()> {
     story("backup killed during ft.enable", |pair, load| {
-        let target = SocketAddr::new(Side::B.address().parse()?, LOGGING_PORT);
         for (phase, weather) in phases() {
-            let network = &pair.lab.network;
-            let proxy = Proxy::start(network.host(Side::B), Side::B.address(), target, 3)?;
+            let proxy = proxy(pair, 3)?;
             enter_phase(pair, &proxy, phase, weather).with_context(|| phase.to_owned())?;
             pair.kill_backup()?;
             proxy.set(Weather::default());
@@ -227,9 +152,7 @@ fn a_primary_killed_before_protection_takes_its_vm_along() -> Result<()> {
             return Ok(());
         }
         let mut pair = Pair::boot(Lab::new()?)?;
-        let target = SocketAddr::new(Side::B.address().parse()?, LOGGING_PORT);
-        let network = &pair.lab.network;
-        let proxy = Proxy::start(network.host(Side::B), Side::B.address(), target, 4)?;
+        let proxy = proxy(&pair, 4)?;
         enter_phase(&mut pair, &proxy, phase, weather).with_context(|| pair.describe())?;
         pair.primary.kill()?;
         proxy.set(Weather::default());
@@ -281,12 +204,9 @@ fn nothing_acknowledged_is_lost_when_both_sides_die() -> Result<()> {
 #[test]
 fn a_link_that_hangs_for_less_than_the_timeout_is_no_failure() -> Result<()> {
     story("link that hangs for a moment", |pair, load| {
-        let target = SocketAddr::new(Side::B.address().parse()?, LOGGING_PORT);
-        let network = &pair.lab.network;
-        let proxy = Proxy::start(network.host(Side::B), Side::B.address(), target, 5)?;
-        let mut patient = through(&proxy);
-        patient["failure_timeout_ms"] = json!(30_000);
-        pair.protect_with(&json!({}), &patient)?;
+        let proxy = proxy(pair, 5)?;
+        let patient = json!({ "failure_timeout_ms": 30_000 });
+        pair.protect_with(&json!({}), &through(&proxy, patient))?;
         progress(load, 20)?;
         proxy.set(Weather { mute: true, ..Weather::default() });
         let held = wait_for_status(&pair.primary, "outputs wait", |status| status.held_outputs > 0)?;
