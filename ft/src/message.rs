@@ -11,6 +11,8 @@
 //!    | <--------------------- Accepted or Refused  |
 //!    | Payload ... -------------------------------> |
 //!    | Pages, ZeroPages ... (guest runs) --------> |
+//!    | RoundEnd ---------------------------------> |
+//!    | <-------------------------------- RoundTaken |  and so on, in rounds
 //!    | Pages, State (guest paused) --------------> |  log position 0
 //!    | Log ... (guest runs, outputs held) -------> |
 //!    | <------------------------------------ Ready |  starts to replay
@@ -76,6 +78,17 @@ pub enum Message {
         first: u64,
         /// How many.
         count: u64,
+    },
+    /// Primary: all that one round of the copy has found is on its way.
+    RoundEnd {
+        /// Counts from one.
+        round: u64,
+    },
+    /// Backup: everything before [`Message::RoundEnd`] is loaded. By the time that it took the primary
+    /// knows how fast the way between them is, the backup's own work included.
+    RoundTaken {
+        /// As in [`Message::RoundEnd`].
+        round: u64,
     },
     /// Primary: CPU and devices at the point where the log starts. Ends the copy.
     State {
@@ -202,6 +215,8 @@ impl Message {
             Message::Payload { .. } => "Payload",
             Message::Pages { .. } => "Pages",
             Message::ZeroPages { .. } => "ZeroPages",
+            Message::RoundEnd { .. } => "RoundEnd",
+            Message::RoundTaken { .. } => "RoundTaken",
             Message::State { .. } => "State",
             Message::Ready => "Ready",
             Message::Armed => "Armed",

@@ -93,16 +93,41 @@ pub struct LogStatus {
 }
 
 /// A copy being made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CloneStatus {
+    /// What it does.
+    pub phase: ClonePhase,
     /// Bytes of memory to copy.
     pub total_bytes: u64,
     /// Bytes sent, repeats included.
     pub sent_bytes: u64,
-    /// Rounds over memory.
+    /// Bytes found changed since they were sent, when last looked.
+    pub dirty_bytes: u64,
+    /// Rounds begun.
     pub rounds: u64,
+    /// How fast the backup takes what is sent, measured.
+    pub link_bytes_per_s: u64,
+    /// Fraction of its time that the guest gives away so that the copy can catch up with it.
+    pub throttle: f64,
     /// How long the guest stood still, once known.
     pub pause_us: Option<u64>,
+}
+
+/// How far a copy is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClonePhase {
+    /// Nothing has been sent.
+    #[default]
+    Starting,
+    /// The guest runs, and everything it holds goes over once.
+    Everything,
+    /// The guest runs, and what it has changed goes over again.
+    Changes,
+    /// The guest stands still for the rest.
+    Pause,
+    /// The guest runs on and records; the rest is on its way.
+    Sent,
 }
 
 /// What happened when, in microseconds from the moment the other side was heard last.

@@ -56,6 +56,8 @@ fn message() -> impl Strategy<Value = Message> {
             bytes: vec![3; pages * PAGE_BYTES]
         }),
         (any::<u64>(), any::<u64>()).prop_map(|(first, count)| Message::ZeroPages { first, count }),
+        any::<u64>().prop_map(|round| Message::RoundEnd { round }),
+        any::<u64>().prop_map(|round| Message::RoundTaken { round }),
         (point(), bytes()).prop_map(|(point, bytes)| Message::State { point, bytes }),
         Just(Message::Ready),
         Just(Message::Armed),

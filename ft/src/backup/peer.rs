@@ -37,6 +37,10 @@ impl Backup {
             Message::ZeroPages { first, count } if matches!(state, State::Receiving) => {
                 actions.push(Action::LoadZeroPages { first, count });
             }
+            // Said behind the loading of what came before, since actions are performed in order.
+            Message::RoundEnd { round } if matches!(state, State::Receiving) => {
+                actions.push(Action::Send(Message::RoundTaken { round }));
+            }
             Message::State { point, bytes } if matches!(state, State::Receiving) => {
                 self.executed_point = point;
                 actions.push(Action::LoadState { point, bytes });
@@ -82,6 +86,8 @@ impl Backup {
             | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
+            | Message::RoundEnd { .. }
+            | Message::RoundTaken { .. }
             | Message::State { .. }
             | Message::Armed
             | Message::Log { .. }

@@ -80,8 +80,14 @@ pub enum Action {
     /// Close the connection once everything is sent.
     HangUp,
     /// Send memory while the guest runs, then pause it, send the rest and the state, start recording,
-    /// resume it with outputs going to the gate, and give [`Input::CloneSent`].
+    /// resume it with outputs going to the gate, and give [`Input::CloneSent`]. Rounds end with
+    /// [`Message::RoundEnd`], which [`Action::RoundTaken`] answers.
     StartClone,
+    /// The backup has loaded everything up to the end of this round of the clone.
+    RoundTaken {
+        /// The round, or whatever the backup says it is.
+        round: u64,
+    },
     /// The VM is protected.
     Protected,
     /// Release the outputs up to this position. Each must be started before

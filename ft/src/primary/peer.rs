@@ -30,6 +30,9 @@ impl Primary {
                 actions.push(Action::StartClone);
                 self.change(State::Copying, None, actions);
             }
+            Message::RoundTaken { round } if matches!(state, State::Copying) => {
+                actions.push(Action::RoundTaken { round });
+            }
             Message::Ready if matches!(state, State::Settling) => {
                 self.detector.set_timeout(now, self.config.terms.timing.failure_timeout());
                 actions.push(Action::Send(Message::Armed));
@@ -90,6 +93,8 @@ impl Primary {
             | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
+            | Message::RoundEnd { .. }
+            | Message::RoundTaken { .. }
             | Message::State { .. }
             | Message::Armed
             | Message::Log { .. }

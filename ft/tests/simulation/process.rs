@@ -289,6 +289,11 @@ impl World {
                     let delay = self.rng.range(500, 20_000);
                     self.after(delay, Happening::CloneStep { at: end, step: 0 });
                 }
+                primary::Action::RoundTaken { round } => {
+                    let step = u32::try_from(round).expect("a round that was sent");
+                    let delay = self.rng.range(500, 20_000);
+                    self.after(delay, Happening::CloneStep { at: end, step });
+                }
                 primary::Action::Protected => self.protections += 1,
                 primary::Action::Release { through } => {
                     self.release(id, through, true);
@@ -525,14 +530,14 @@ impl World {
             return;
         }
         let at = self.nodes[id].end();
-        let delay = self.rng.range(500, 20_000);
         if step < 2 {
             self.send(id, &Message::Payload { bytes: vec![1; 100] });
             let page = vec![7; ft::message::PAGE_BYTES];
             let first = u64::from(step);
             self.send(id, &Message::Pages { first, bytes: page });
             self.send(id, &Message::ZeroPages { first: 2, count: 2 });
-            self.after(delay, Happening::CloneStep { at, step: step + 1 });
+            // The next round begins when the backup has taken this one.
+            self.send(id, &Message::RoundEnd { round: u64::from(step) + 1 });
             return;
         }
         if !self.nodes[id].back.is_empty() {

@@ -11,6 +11,9 @@ use ft::{FrameReader, Message};
 
 use super::wire::Wire;
 
+/// Bytes written that are not worth moving the rest for.
+const FORGET_BYTES: usize = 1 << 20;
+
 /// Why the channel is of no more use.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
@@ -75,8 +78,18 @@ impl Channel {
         if self.queued() == 0 {
             self.output.clear();
             self.written = 0;
+        } else {
+            self.forget_written();
         }
         Ok(())
+    }
+
+    /// A writer that keeps the queue filled never sees it empty: what has left must not stay for ever.
+    fn forget_written(&mut self) {
+        if self.written >= FORGET_BYTES && self.written >= self.queued() {
+            self.output.drain(..self.written);
+            self.written = 0;
+        }
     }
 
     /// Bytes queued and not yet taken by the wire.
@@ -213,5 +226,34 @@ impl Link {
         let error = result.err()?;
         self.channel = None;
         (!self.hanging_up).then(|| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_queue_that_is_never_empty_does_not_grow() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut channel = Channel::new(stream).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let message = Message::Payload { bytes: vec![7; 1 << 20] };
+        // The socket's own buffers take some of it.
+        while channel.queued() < 4 << 20 {
+            channel.send(&message).unwrap();
+        }
+        let mut taken = vec![0; 1 << 20];
+        for _ in 0..100 {
+            peer.read_exact(&mut taken).unwrap();
+            channel.flush().unwrap();
+            while channel.queued() < 4 << 20 {
+                channel.send(&message).unwrap();
+            }
+            assert!(channel.output.len() <= 12 << 20, "{} bytes are kept", channel.output.len());
+        }
     }
 }

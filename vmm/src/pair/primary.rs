@@ -5,13 +5,12 @@
 //! protection, when the last outputs must not be overtaken.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ft::primary::{Action, Input};
-use ft::status::{CloneStatus, Failover, FtStatus};
+use ft::status::{Failover, FtStatus};
 use ft::{
     Arbiter, DiskMode, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig,
     Unequal,
@@ -19,7 +18,8 @@ use ft::{
 use hypervisor::GuestMemory;
 
 use super::boot_time;
-use super::clone::{CloneProgress, CloneSender, CloneStep};
+use super::clone::way::{CloneProgress, WayOut, way};
+use super::clone::{CloneSender, CloneStep};
 use super::side::{Core, Handle, Side};
 use super::wire::Wire;
 use crate::boot::Payload;
@@ -28,8 +28,6 @@ use crate::run_loop::outgoing::{Outgoing, Outlet};
 use crate::run_loop::recorder::{Feedback, FromVcpu, Recorder};
 use crate::run_loop::{self, Command};
 
-/// Clone messages between the clone thread and the socket.
-const CLONE_STEPS: usize = 4;
 /// While more than this waits for the socket, no more of the clone is taken.
 const CLONE_QUEUE_BYTES: usize = 4 << 20;
 
@@ -147,8 +145,7 @@ impl PrimaryThread {
 }
 
 struct CloneThread {
-    steps: Receiver<CloneStep>,
-    cancelled: Arc<AtomicBool>,
+    way: WayOut,
     handle: JoinHandle<()>,
 }
 
@@ -195,6 +192,11 @@ impl Side for PrimarySide {
             Action::Send(message) => self.send(&message),
             Action::HangUp => self.core.link.hang_up(),
             Action::StartClone => self.start_clone(),
+            Action::RoundTaken { round } => {
+                if let Some(clone) = &self.clone {
+                    clone.way.round_taken(round);
+                }
+            }
             Action::Protected => self.observer.protected(),
             Action::Release { through } => {
                 let outlet = &self.outlet;
@@ -250,20 +252,13 @@ impl Side for PrimarySide {
         let now = boot_time();
         let (machine, gate, progress) = (&self.core.machine, &self.gate, &self.progress);
         let stalled = self.stalled;
-        let total_bytes = vm_memory_bytes(&self.memory);
         self.core.status.update(now, machine.state_name(), |status| {
             machine.status(now, status);
             status.held_outputs = gate.held() as u64;
             status.stalled = stalled;
             status.held_output_bytes = gate.held_bytes() as u64;
             status.output_delay = gate.delays();
-            let pause_us = progress.pause_us.load(Ordering::Relaxed);
-            status.clone = Some(CloneStatus {
-                total_bytes,
-                sent_bytes: progress.sent_bytes.load(Ordering::Relaxed),
-                rounds: progress.rounds.load(Ordering::Relaxed),
-                pause_us: (pause_us > 0).then_some(pause_us),
-            });
+            progress.read(status.clone.get_or_insert_default());
         });
     }
 }
@@ -281,8 +276,7 @@ impl PrimarySide {
 
     fn take_clone_steps(&mut self) {
         while self.core.link.queued().is_some_and(|bytes| bytes < CLONE_QUEUE_BYTES) {
-            let Some(step) = self.clone.as_ref().and_then(|clone| clone.steps.try_recv().ok())
-            else {
+            let Some(step) = self.clone.as_ref().and_then(|clone| clone.way.next_step()) else {
                 return;
             };
             self.catch_up();
@@ -332,16 +326,13 @@ impl PrimarySide {
     fn start_clone(&mut self) {
         self.observer.accepted();
         let Some(flush_sender) = self.flush_sender.take() else { return };
-        let (steps_sender, steps) = crossbeam_channel::bounded(CLONE_STEPS);
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let (way, way_out) = way(self.core.handle.waker());
         let clone = CloneSender {
             inbox: self.inbox.clone(),
             memory: self.memory.clone(),
             payload: Arc::clone(&self.payload),
-            steps: steps_sender,
-            waker: self.core.handle.waker(),
+            way,
             progress: Arc::clone(&self.progress),
-            cancelled: Arc::clone(&cancelled),
         };
         let (waker, feedback) = (self.core.handle.waker(), Arc::clone(&self.feedback));
         let recorder = move |point| Recorder::new(point, flush_sender, waker, feedback);
@@ -356,7 +347,7 @@ impl PrimarySide {
             }
         };
         match thread.spawn(work) {
-            Ok(handle) => self.clone = Some(CloneThread { steps, cancelled, handle }),
+            Ok(handle) => self.clone = Some(CloneThread { way: way_out, handle }),
             Err(error) => {
                 self.step(Input::CloneFailed { reason: format!("cannot start a thread: {error}") });
             }
@@ -381,9 +372,8 @@ impl PrimarySide {
     /// Lets the guest run on unrecorded, with every output it has made released in order.
     fn stop_recording(&mut self) {
         if let Some(clone) = self.clone.take() {
-            clone.cancelled.store(true, Ordering::Release);
-            // It may wait for room in `steps`; after this it either never records or has said so.
-            drop(clone.steps);
+            // It may wait for room on its way; after this it either never records or has said so.
+            drop(clone.way);
             let _ = clone.handle.join();
         }
         self.flush_sender = None;
@@ -411,9 +401,4 @@ impl PrimarySide {
         }
         drop(draining);
     }
-}
-
-fn vm_memory_bytes(memory: &GuestMemory) -> u64 {
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-    memory.iter().map(GuestMemoryRegion::len).sum()
 }

@@ -13,6 +13,7 @@ use hypervisor::{Anchor, Exit};
 use super::outgoing::{Outlet, Routed, route};
 use super::pacer::Pacer;
 use super::recorder::Recorder;
+use super::throttle::Throttle;
 use crate::guest::{Guest, GuestError};
 
 /// Guest time between two digests of a recorded guest, in nanoseconds.
@@ -41,6 +42,9 @@ pub struct Live {
     /// The guest executed HLT and has not been woken.
     asleep: bool,
     next_digest_tsc: u64,
+    /// Fraction of its time that the guest gives away to a copy in the making.
+    copy_throttle: f64,
+    throttle: Throttle,
 }
 
 impl Live {
@@ -54,6 +58,8 @@ impl Live {
             anchor_due: point,
             asleep: false,
             next_digest_tsc: 0,
+            copy_throttle: 0.0,
+            throttle: Throttle::default(),
         }
     }
 
@@ -75,6 +81,11 @@ impl Live {
         if let Some(recorder) = &mut self.recorder {
             recorder.hand_over();
         }
+    }
+
+    /// Takes this fraction of its time from the guest, 0 to 1.
+    pub fn set_throttle(&mut self, fraction: f64) {
+        self.copy_throttle = fraction;
     }
 
     /// Whether a log is being written.
@@ -107,19 +118,21 @@ impl Live {
         if !guest.counts_exactly() {
             return self.advance_uncounted(guest);
         }
+        let throttle = self.recorder.as_ref().map_or(0.0, |r| r.throttle()).max(self.copy_throttle);
+        if let Some(rest) = self.throttle.before_run(throttle, Instant::now) {
+            return Ok(Next::Wait(Some(rest)));
+        }
         self.wake(guest)?;
         if guest.point().0 >= self.anchor_due {
             let anchor = self.pacer.next_while_running(guest.point().0, guest.tsc());
             self.set_anchor(guest, anchor);
             self.between_anchors(guest)?;
-            if let Some(pause) = self.recorder.as_ref().and_then(|r| r.throttle_pause()) {
-                return Ok(Next::Wait(Some(pause)));
-            }
         }
         if self.recorder.as_ref().is_some_and(|recorder| recorder.stalled()) {
             return Ok(Next::Wait(None));
         }
         let exit = guest.run(Some(ft::ExecutionPoint(self.anchor_due)))?;
+        self.throttle.after_run(throttle, Instant::now);
         if let Some(next) = self.drain_effects(guest)? {
             return Ok(next);
         }

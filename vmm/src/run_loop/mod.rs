@@ -23,6 +23,7 @@ pub mod outgoing;
 pub mod pacer;
 pub mod recorder;
 pub mod replay;
+pub mod throttle;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -84,7 +85,9 @@ pub enum Command {
     /// Leave `Freeze` as it was entered.
     Thaw,
     /// Leave `Freeze` as the recording side of a pair.
-    Record(Box<Recorder>),
+    Record(Box<Recorder>, Reply<()>),
+    /// Give away this fraction of the time, 0 to 1, while a copy is being made.
+    Throttle(f64),
     /// Write the hand-over record and stand still behind it.
     HandOver,
     /// Stop recording; outputs leave at once from now on, and a guest that stood still for a hand-over
@@ -446,11 +449,21 @@ impl RunLoop {
                 let _ = reply.send(result);
             }
             Command::Thaw => self.thaw()?,
-            Command::Record(recorder) => {
-                if let Driver::Live(live) = &mut self.driver {
-                    live.start_recording(&self.guest, recorder);
-                }
+            Command::Record(recorder, reply) => {
+                let result = match &mut self.driver {
+                    Driver::Live(live) => {
+                        live.start_recording(&self.guest, recorder);
+                        Ok(())
+                    }
+                    Driver::Replay(_) | Driver::Halted => Err(self.wrong_state("running")),
+                };
                 self.thaw()?;
+                let _ = reply.send(result);
+            }
+            Command::Throttle(fraction) => {
+                if let Driver::Live(live) = &mut self.driver {
+                    live.set_throttle(fraction);
+                }
             }
             Command::HandOver => {
                 if let Driver::Live(live) = &mut self.driver {

@@ -6,18 +6,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use ft::{Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::outgoing::Outgoing;
-
-/// Slices of time that lag control takes from the guest are multiples of the quantum.
-const QUANTUM_US: u64 = 1_000;
-/// No throttle pause is longer than this, so that commands are never kept waiting.
-const MAX_PAUSE_US: u64 = 20_000;
 
 /// A flush comes by itself at this size, so that with the largest record it still fits a message.
 const FLUSH_BYTES: usize = 1 << 20;
@@ -169,15 +163,10 @@ impl Recorder {
         self.feedback.stalled.load(Ordering::Acquire)
     }
 
-    /// How long the guest must rest after this quantum so that the backup can keep up.
+    /// The part of its time that the guest must rest, 0 to 1, so that the backup can keep up.
     #[must_use]
-    pub fn throttle_pause(&self) -> Option<Duration> {
-        let permille = u64::from(self.feedback.throttle_permille.load(Ordering::Acquire));
-        if permille == 0 {
-            return None;
-        }
-        let pause_us = QUANTUM_US * permille / (1000 - permille);
-        Some(Duration::from_micros(pause_us.min(MAX_PAUSE_US)))
+    pub fn throttle(&self) -> f64 {
+        f64::from(self.feedback.throttle_permille.load(Ordering::Acquire)) / 1000.0
     }
 
     fn send(&self, message: FromVcpu) {

@@ -1,0 +1,150 @@
+//! The clone thread's way to the ft thread, which owns the socket, and what others see of the copy.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use ft::Message;
+use ft::status::CloneStatus;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{CloneError, CloneStep};
+
+/// Messages between the clone thread and the socket.
+const WAITING_STEPS: usize = 4;
+
+/// How far a copy is. Written by the clone thread.
+#[derive(Debug, Default)]
+pub struct CloneProgress(Mutex<CloneStatus>);
+
+impl CloneProgress {
+    /// For the ft thread, which waits for nobody: leaves `status` as it is while the clone thread writes.
+    pub fn read(&self, status: &mut CloneStatus) {
+        match self.0.try_lock() {
+            Ok(guard) => status.clone_from(&guard),
+            Err(TryLockError::Poisoned(guard)) => status.clone_from(&guard.into_inner()),
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+
+    /// For the clone thread.
+    pub fn update(&self, change: impl FnOnce(&mut CloneStatus)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// What both ends share.
+#[derive(Debug, Default)]
+struct Shared {
+    cancelled: AtomicBool,
+    /// The last round that the backup says it has taken.
+    taken: AtomicU64,
+}
+
+/// The clone thread's end.
+pub struct Way {
+    /// Bounded, so that memory is read no faster than the network takes it.
+    steps: Sender<CloneStep>,
+    /// Written after each step.
+    waker: Arc<EventFd>,
+    shared: Arc<Shared>,
+    /// Says that `taken` has changed; closes when the copy is given up.
+    answers: Receiver<()>,
+}
+
+/// The ft thread's end. Dropped, it ends the copy.
+pub struct WayOut {
+    steps: Receiver<CloneStep>,
+    shared: Arc<Shared>,
+    answered: Sender<()>,
+}
+
+/// Makes the two ends. `waker` wakes the ft thread.
+#[must_use]
+pub fn way(waker: Arc<EventFd>) -> (Way, WayOut) {
+    let (steps, steps_out) = crossbeam_channel::bounded(WAITING_STEPS);
+    let (answered, answers) = crossbeam_channel::bounded(1);
+    let shared = Arc::new(Shared::default());
+    let out = WayOut { steps: steps_out, shared: Arc::clone(&shared), answered };
+    (Way { steps, waker, shared, answers }, out)
+}
+
+impl Way {
+    /// Has `message` sent, behind all before.
+    pub fn message(&self, message: Message) -> Result<(), CloneError> {
+        self.step(CloneStep::Message(message))
+    }
+
+    /// Hands over a step.
+    pub fn step(&self, step: CloneStep) -> Result<(), CloneError> {
+        self.check()?;
+        self.steps.send(step).map_err(|_| CloneError::Cancelled)?;
+        let _ = self.waker.write(1);
+        Ok(())
+    }
+
+    /// Waits until the backup has taken everything sent in `round`, which counts from one.
+    pub fn end_round(&self, round: u64) -> Result<(), CloneError> {
+        self.message(Message::RoundEnd { round })?;
+        while self.shared.taken.load(Ordering::Acquire) < round {
+            self.answers.recv().map_err(|_| CloneError::Cancelled)?;
+            self.check()?;
+        }
+        Ok(())
+    }
+
+    /// Whether to go on.
+    pub fn check(&self) -> Result<(), CloneError> {
+        match self.shared.cancelled.load(Ordering::Acquire) {
+            true => Err(CloneError::Cancelled),
+            false => Ok(()),
+        }
+    }
+}
+
+impl WayOut {
+    /// The next step, if there is one.
+    #[must_use]
+    pub fn next_step(&self) -> Option<CloneStep> {
+        self.steps.try_recv().ok()
+    }
+
+    /// The backup says that it has taken `round`.
+    pub fn round_taken(&self, round: u64) {
+        self.shared.taken.fetch_max(round, Ordering::AcqRel);
+        // One that waits already says as much.
+        if let Err(TrySendError::Disconnected(())) = self.answered.try_send(()) {
+            log::debug!("round {round} was taken after the copy had ended");
+        }
+    }
+}
+
+impl Drop for WayOut {
+    fn drop(&mut self) {
+        // The channels close after this, so that a thread which waits on one finds it set.
+        self.shared.cancelled.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_ends_when_it_is_taken_and_when_nobody_wants_it() {
+        let (way, out) = way(Arc::new(EventFd::new(0).unwrap()));
+        out.round_taken(7);
+        out.round_taken(3);
+        assert!(way.end_round(7).is_ok());
+        assert!(matches!(
+            out.next_step(),
+            Some(CloneStep::Message(Message::RoundEnd { round: 7 }))
+        ));
+        let waiting = std::thread::spawn(move || way.end_round(8));
+        while out.next_step().is_none() {
+            std::thread::yield_now();
+        }
+        drop(out);
+        assert!(matches!(waiting.join().unwrap(), Err(CloneError::Cancelled)));
+    }
+}

@@ -1,0 +1,105 @@
+//! Takes time from a guest that lives: it rests after it has run, in proportion.
+//!
+//! Used while a backup falls behind, and while a copy is made of a guest that changes faster than it can be
+//! sent. What it rests is measured against the time that it has run, so that a guest which sleeps by itself
+//! has done part of its resting already, and one which is woken often gains nothing by it. Guest time goes on
+//! meanwhile: to the guest its processor has become slower.
+
+use std::time::{Duration, Instant};
+
+/// A debt of rest shorter than this is added to the next.
+const LEAST_REST: Duration = Duration::from_micros(200);
+/// No rest is longer, that a guest which ran on because the host was busy does not pay for it.
+const LONGEST_REST: Duration = Duration::from_millis(50);
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Throttle {
+    /// When the guest will have rested enough for what it has run.
+    rested_at: Option<Instant>,
+    /// When it was last let run.
+    ran_from: Option<Instant>,
+}
+
+impl Throttle {
+    /// The guest is about to run, `fraction` (0 to 1) of its time being taken. `Some` if it must rest first,
+    /// for so long.
+    pub fn before_run(&mut self, fraction: f64, now: impl FnOnce() -> Instant) -> Option<Duration> {
+        if fraction <= 0.0 {
+            *self = Self::default();
+            return None;
+        }
+        let now = now();
+        let rest = self.rested_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
+        if rest >= LEAST_REST {
+            return Some(rest);
+        }
+        self.ran_from = Some(now);
+        None
+    }
+
+    /// The guest has run.
+    pub fn after_run(&mut self, fraction: f64, now: impl FnOnce() -> Instant) {
+        let Some(ran_from) = self.ran_from.take() else { return };
+        let now = now();
+        let ran = now.saturating_duration_since(ran_from);
+        let rest = ran.mul_f64((fraction / (1.0 - fraction)).clamp(0.0, 1e4)).min(LONGEST_REST);
+        let from = self.rested_at.map_or(ran_from, |at| at.max(ran_from)) + ran;
+        self.rested_at = Some(from + rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a guest for a second: `run` at a time, then asleep for `sleep`. Gives the part of time it ran.
+    fn share(fraction: f64, run: Duration, sleep: Duration) -> f64 {
+        let start = Instant::now();
+        let (mut now, mut ran) = (start, Duration::ZERO);
+        let mut throttle = Throttle::default();
+        while now < start + Duration::from_secs(1) {
+            if let Some(rest) = throttle.before_run(fraction, || now) {
+                now += rest;
+                continue;
+            }
+            (now, ran) = (now + run, ran + run);
+            throttle.after_run(fraction, || now);
+            now += sleep;
+        }
+        ran.as_secs_f64()
+    }
+
+    const NO_TIME: Duration = Duration::ZERO;
+
+    #[test]
+    fn a_guest_gets_what_is_left() {
+        for fraction in [0.1, 0.5, 0.9, 0.95] {
+            for run_us in [20, 100, 1000] {
+                let share = share(fraction, Duration::from_micros(run_us), NO_TIME);
+                assert!((share - (1.0 - fraction)).abs() < 0.02, "{fraction} {run_us}: {share}");
+            }
+        }
+        let share = share(0.999, Duration::from_micros(20), NO_TIME);
+        assert!(share < 0.002, "{share}");
+    }
+
+    #[test]
+    fn sleeping_counts_as_rest() {
+        let (millisecond, three) = (Duration::from_millis(1), Duration::from_millis(3));
+        assert!((share(0.5, millisecond, three) - 0.25).abs() < 0.02);
+        assert!((share(0.9, millisecond, three) - 0.1).abs() < 0.02);
+    }
+
+    #[test]
+    fn what_is_given_back_is_given_back_at_once() {
+        let now = Instant::now();
+        let mut throttle = Throttle::default();
+        assert_eq!(throttle.before_run(0.9, || now), None);
+        let later = now + Duration::from_millis(1);
+        throttle.after_run(0.9, || later);
+        assert_eq!(throttle.before_run(0.9, || later), Some(Duration::from_millis(9)));
+        assert_eq!(throttle.before_run(0.0, || later), None);
+        assert_eq!(throttle.before_run(0.9, || later), None);
+    }
+}
