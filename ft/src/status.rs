@@ -93,7 +93,7 @@ pub struct LogStatus {
 }
 
 /// A copy being made.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CloneStatus {
     /// What it does.
     pub phase: ClonePhase,

@@ -27,9 +27,11 @@ pub struct Lab {
     pub disk: Disk,
     /// The guest.
     pub guest: Guest,
-    /// Image of the root file system with real programs, if the guest is to have it.
+    /// The guest's memory.
+    pub memory: &'static str,
     /// Who decides which side may live; the directory [`Self::claims`] if nothing else was chosen.
     pub arbiter_url: String,
+    /// Image of the root file system with real programs, if the guest is to have it.
     programs: Option<PathBuf>,
     directory: tempfile::TempDir,
     started: Cell<u32>,
@@ -58,6 +60,7 @@ impl Lab {
             network,
             disk,
             guest,
+            memory: "256M",
             arbiter_url,
             programs: None,
             directory,
@@ -108,7 +111,7 @@ impl Lab {
             ("--initramfs", text(&self.guest.initramfs)),
             ("--cmdline", command_line(&format!("{root} {mode}"))),
             ("--cpus", "boot=1".to_owned()),
-            ("--memory", "size=256M".to_owned()),
+            ("--memory", format!("size={}", self.memory)),
             ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", "tty".to_owned()),
             ("--console", "off".to_owned()),

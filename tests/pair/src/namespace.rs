@@ -112,12 +112,26 @@ impl Namespace {
     ///
     /// What `ip` said, if it failed.
     pub fn ip(&self, arguments: &str) -> Result<()> {
-        let mut command = Command::new("ip");
+        self.iproute2("ip", arguments)
+    }
+
+    /// Runs `tc ARGUMENTS` inside and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// What `tc` said, if it failed.
+    pub fn tc(&self, arguments: &str) -> Result<()> {
+        self.iproute2("tc", arguments)
+    }
+
+    fn iproute2(&self, program: &str, arguments: &str) -> Result<()> {
+        let mut command = Command::new(program);
         command.args(arguments.split_whitespace());
-        let output = self.run(move || command.output())?.context("cannot run ip (iproute2)")?;
+        let output = self.run(move || command.output())?;
+        let output = output.with_context(|| format!("cannot run {program} (iproute2)"))?;
         ensure!(
             output.status.success(),
-            "`ip {arguments}` in namespace {}: {}",
+            "`{program} {arguments}` in namespace {}: {}",
             self.name,
             String::from_utf8_lossy(&output.stderr).trim()
         );

@@ -184,6 +184,21 @@ impl Network {
             sender.ip(&format!("neigh del {address} dev ft0"))
         }
     }
+
+    /// Limits what a host can send on the logging channel, as `10mbit`; `None` lifts the limit.
+    ///
+    /// # Errors
+    ///
+    /// If `tc` refuses.
+    pub fn limit(&self, side: Side, rate: Option<&str>) -> Result<()> {
+        let host = self.host(side);
+        match rate {
+            Some(rate) => host.tc(&format!(
+                "qdisc replace dev ft0 root tbf rate {rate} burst 128k latency 100ms"
+            )),
+            None => host.tc("qdisc del dev ft0 root"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -96,7 +96,18 @@ impl Pair {
     ///
     /// As [`Self::protect`].
     pub fn protect_with(&mut self, receive: &Value, more: &Value) -> Result<Protected> {
+        let started = self.begin_protection(receive, more)?;
+        self.wait_until_protected(started)
+    }
+
+    /// Starts a fresh `dyad` on the other host and has the guest copied to it. Returns when the copy began.
+    ///
+    /// # Errors
+    ///
+    /// If either side refuses.
+    pub fn begin_protection(&mut self, receive: &Value, more: &Value) -> Result<Instant> {
         let (backup, listen) = self.start_standby(receive)?;
+        self.backup = Some(backup);
         let started = Instant::now();
         // A live side that looks for a backup finds it without being asked.
         if self.status()?.reprotection.is_none_or(|search| search.state == "no standby") {
@@ -107,7 +118,7 @@ impl Pair {
             merge(&mut enable, more);
             self.primary.api().put_json("ft.enable", &enable)?;
         }
-        self.wait_until_protected(backup, started)
+        Ok(started)
     }
 
     /// Starts a fresh `dyad` on the other host, where the live side finds it by itself.
@@ -117,7 +128,8 @@ impl Pair {
     /// If both are not protected within [`CHANGE`].
     pub fn reprotect(&mut self) -> Result<Protected> {
         let (backup, _) = self.start_standby(&json!({}))?;
-        self.wait_until_protected(backup, Instant::now())
+        self.backup = Some(backup);
+        self.wait_until_protected(Instant::now())
     }
 
     fn start_standby(&self, more: &Value) -> Result<(Vmm, String)> {
@@ -129,17 +141,22 @@ impl Pair {
         Ok((standby, listen))
     }
 
-    fn wait_until_protected(&mut self, backup: Vmm, started: Instant) -> Result<Protected> {
+    /// Waits until the copy that `started` then protects the guest.
+    ///
+    /// # Errors
+    ///
+    /// If both sides are not protected within [`CHANGE`].
+    pub fn wait_until_protected(&self, started: Instant) -> Result<Protected> {
         let status = wait_for_status(&self.primary, "protected", |status| {
             status.role == "primary" && status.state == "protected"
         })?;
-        wait_for_status(&backup, "replaying", |status| {
+        let backup = self.backup.as_ref().context("there is no backup")?;
+        wait_for_status(backup, "replaying", |status| {
             status.role == "backup" && status.state == "replaying"
         })?;
         let took = started.elapsed();
         let pause =
             status.clone.and_then(|clone| clone.pause_us).context("no pause in ft.status")?;
-        self.backup = Some(backup);
         Ok(Protected { took, pause: Duration::from_micros(pause) })
     }
 

@@ -9,6 +9,8 @@ pub enum Need {
     Root,
     /// `/dev/net/tun`, for the guest's network.
     Tap,
+    /// The kernel's token bucket filter, for a slow network.
+    SlowNetwork,
 }
 
 impl Need {
@@ -18,13 +20,22 @@ impl Need {
         let there = match self {
             Self::Root => nix::unistd::geteuid().is_root(),
             Self::Tap => opens("/dev/net/tun"),
+            Self::SlowNetwork => slow_network(),
         };
         let what = match self {
             Self::Root => "root (network namespaces)",
             Self::Tap => "/dev/net/tun",
+            Self::SlowNetwork => "token bucket filter (tc and the kernel's sch_tbf)",
         };
         (!there).then_some(what)
     }
+}
+
+/// Tries it on a network that ends with the trial.
+fn slow_network() -> bool {
+    let limit = "tc qdisc add dev lo root tbf rate 10mbit burst 32k latency 100ms";
+    let trial = std::process::Command::new("unshare").arg("--net").args(limit.split(' ')).output();
+    trial.is_ok_and(|output| output.status.success())
 }
 
 /// Whether everything in `needs` is there. If not, says on standard error that `test` skips and why,

@@ -21,8 +21,8 @@ impl CloneProgress {
     /// For the ft thread, which waits for nobody: leaves `status` as it is while the clone thread writes.
     pub fn read(&self, status: &mut CloneStatus) {
         match self.0.try_lock() {
-            Ok(guard) => status.clone_from(&guard),
-            Err(TryLockError::Poisoned(guard)) => status.clone_from(&guard.into_inner()),
+            Ok(guard) => *status = *guard,
+            Err(TryLockError::Poisoned(guard)) => *status = *guard.into_inner(),
             Err(TryLockError::WouldBlock) => {}
         }
     }
