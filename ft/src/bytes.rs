@@ -87,16 +87,25 @@ pub mod bounded {
         D: Deserializer<'de>,
         T: Deserialize<'de>,
     {
-        struct Parts<T>(std::marker::PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Parts<T> {
+        at_most::<MAX_PARTS, D, T>(deserializer)
+    }
+
+    /// Reads at most `MAX` elements.
+    pub fn at_most<'de, const MAX: usize, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+    where
+        D: Deserializer<'de>,
+        T: Deserialize<'de>,
+    {
+        struct Parts<const MAX: usize, T>(std::marker::PhantomData<T>);
+        impl<'de, const MAX: usize, T: Deserialize<'de>> Visitor<'de> for Parts<MAX, T> {
             type Value = Vec<T>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "at most {MAX_PARTS} parts")
+                write!(f, "at most {MAX} parts")
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<T>, A::Error> {
                 let mut parts = Vec::new();
                 while let Some(part) = sequence.next_element()? {
-                    if parts.len() == MAX_PARTS {
+                    if parts.len() == MAX {
                         return Err(A::Error::custom("too many parts"));
                     }
                     parts.push(part);
@@ -104,6 +113,6 @@ pub mod bounded {
                 Ok(parts)
             }
         }
-        deserializer.deserialize_seq(Parts(std::marker::PhantomData))
+        deserializer.deserialize_seq(Parts::<MAX, T>(std::marker::PhantomData))
     }
 }

@@ -38,7 +38,7 @@ pub mod terms;
 pub use arbiter::{Arbiter, ArbiterUrl, BadArbiter, Claim, EtcdArbiter, FileArbiter, Unreachable};
 pub use backup::{Backup, BackupConfig};
 pub use codec::{CodecError, Decoder, Encoder};
-pub use digest::{Component, Digest, PageHasher, Unequal};
+pub use digest::{Component, Digest, PageHasher, PageHashes, PageNumber, Unequal};
 pub use event::{Control, Event};
 pub use gate::OutputGate;
 pub use histogram::{Histogram, Percentiles};

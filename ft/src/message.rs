@@ -30,7 +30,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::codec::Append;
-use crate::{Capabilities, ExecutionPoint, Generation, LogPosition, Terms, Unequal, bytes};
+use crate::{
+    Capabilities, ExecutionPoint, Generation, LogPosition, PageHashes, Terms, Unequal, bytes,
+};
 
 /// The longest frame, without its length. Log chunks and page runs are cut to fit.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
@@ -141,6 +143,8 @@ pub enum Message {
         point: ExecutionPoint,
         /// The first difference.
         unequal: Unequal,
+        /// The backup's pages of that digest, if they differ: the primary has its own to compare them with.
+        pages: PageHashes,
     },
     /// Primary: I have stopped for good, unless I win the claim; go live at the end of the log.
     HandOver {

@@ -7,7 +7,8 @@ use ft::message::{
 };
 use ft::{
     Backup, BackupConfig, Capabilities, DiskMode, ExecutionPoint, FrameReader, Generation,
-    LogPosition, Message, PairId, Primary, PrimaryConfig, Terms, Timing, Unequal, backup, primary,
+    LogPosition, Message, PageHasher, PageHashes, PairId, Primary, PrimaryConfig, Terms, Timing,
+    Unequal, backup, primary,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -36,6 +37,16 @@ fn terms() -> Terms {
 
 fn hello(who: &str) -> Message {
     Message::Hello(Hello::new(who, capabilities()))
+}
+
+fn page_hashes() -> impl Strategy<Value = PageHashes> {
+    vec((any::<u64>(), any::<u8>()), 0..20).prop_map(|pages| {
+        let mut hasher = PageHasher::new();
+        for (number, fill) in pages {
+            hasher.add(number, &[fill]);
+        }
+        hasher.into_list()
+    })
 }
 
 fn message() -> impl Strategy<Value = Message> {
@@ -69,10 +80,13 @@ fn message() -> impl Strategy<Value = Message> {
         }),
         (any::<u64>(), any::<Option<u64>>())
             .prop_map(|(stamp_us, echo_us)| Message::Heartbeat { stamp_us, echo_us }),
-        (point(), text).prop_map(|(point, component)| Message::DigestUnequal {
-            point,
-            unequal: Unequal { component, primary: Some(1), backup: None }
-        }),
+        (point(), prop_oneof![text, Just("memory".to_owned())], page_hashes()).prop_map(
+            |(point, component, pages)| Message::DigestUnequal {
+                point,
+                unequal: Unequal { component, primary: Some(1), backup: None, page: None },
+                pages
+            }
+        ),
         position().prop_map(|end| Message::HandOver { end }),
         any::<u64>().prop_map(|g| Message::TakenOver { generation: Generation(g) }),
         Just(Message::Yielded),
@@ -101,6 +115,10 @@ fn honest_backup(steps: usize) -> Vec<backup::Input> {
 }
 
 fn honest_primary(steps: usize) -> Vec<primary::Input> {
+    let mut hasher = PageHasher::new();
+    hasher.add(1, &[7]);
+    let digested =
+        primary::Input::Digested { point: ExecutionPoint(12), pages: hasher.into_list() };
     let log = primary::Input::Log {
         end: LogPosition(3),
         point: ExecutionPoint(12),
@@ -110,6 +128,7 @@ fn honest_primary(steps: usize) -> Vec<primary::Input> {
         primary::Input::Message(hello("backup")),
         primary::Input::Message(Message::Accepted),
         primary::Input::CloneSent,
+        digested,
         log,
         primary::Input::Message(Message::Ready),
         primary::Input::Message(Message::Protecting),
@@ -184,7 +203,7 @@ proptest! {
     /// only with the peer's word or by a claim.
     #[test]
     fn a_primary_survives_a_hostile_backup(
-        steps in 0usize..9,
+        steps in 0usize..10,
         messages in vec(message(), 0..30),
         gap_ms in 0u64..60,
     ) {

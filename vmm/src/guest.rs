@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use ft::{Digest, Event, ExecutionPoint, PageHasher};
+use ft::digest::MEMORY;
+use ft::{Digest, Event, ExecutionPoint, PageHasher, PageHashes};
 use hypervisor::{AccessContext, Anchor, Exit, GuestMemory, Hypervisor, Vcpu, VcpuState, Vm};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
@@ -15,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::boot::{LoadError, Payload};
 use crate::config::VmConfig;
 use crate::machine::{HostFacts, Machine, MachineEffect, MachineError, MachineState, RestoreError};
+use crate::parts;
 
 /// Size of a guest page in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -61,6 +63,8 @@ pub struct Guest {
     machine: Machine,
     payload: Option<Arc<Payload>>,
     counts_exactly: bool,
+    /// Of the last digest.
+    digest_pages: PageHashes,
 }
 
 impl Guest {
@@ -75,7 +79,8 @@ impl Guest {
         let mut vm = hypervisor.create_vm(memory)?;
         let vcpu = vm.create_vcpu(0)?;
         let counts_exactly = hypervisor.counts_exactly();
-        Ok(Self { vm, vcpu, machine, payload: None, counts_exactly })
+        let digest_pages = PageHashes::default();
+        Ok(Self { vm, vcpu, machine, payload: None, counts_exactly, digest_pages })
     }
 
     /// Loads the payload and points the processor at its entry.
@@ -189,7 +194,9 @@ impl Guest {
     /// cached translations.
     pub fn digest(&mut self) -> Result<Digest, GuestError> {
         let mut digest = Digest::default();
-        digest.add("processor", &encode(&self.vcpu.save()?));
+        for (name, bytes) in parts::of_processor(&self.vcpu.save()?) {
+            digest.add(name, &bytes);
+        }
         for (name, bytes) in self.machine.components() {
             digest.add(name, &bytes);
         }
@@ -199,8 +206,14 @@ impl Guest {
             self.read_page(page, &mut buffer)?;
             hasher.add(page, &buffer);
         }
-        digest.add_hash("memory", hasher.finish());
+        digest.add_hash(MEMORY, hasher.finish());
+        self.digest_pages = hasher.into_list();
         Ok(digest)
+    }
+
+    /// The pages of the last digest, to find the one that differs. Can be had once.
+    pub fn take_digest_pages(&mut self) -> PageHashes {
+        std::mem::take(&mut self.digest_pages)
     }
 
     /// Copies one page out of memory.

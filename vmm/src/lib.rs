@@ -11,6 +11,7 @@ pub mod guest;
 pub mod legacy;
 pub mod machine;
 pub mod pair;
+pub mod parts;
 pub mod pci;
 pub mod protection;
 pub mod run_loop;

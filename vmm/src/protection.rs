@@ -524,7 +524,7 @@ impl PrimaryObserver for Observer {
     }
 
     fn diverged(&self, point: ExecutionPoint, unequal: &Unequal) {
-        log::error!("the backup's {} differs at point {}", unequal.component, point.0);
+        log::error!("the backup's {unequal} differs at point {}", point.0);
         if let Some(wish) = self.inner.lock().wish(self.number) {
             wish.search.differed();
         }

@@ -3,7 +3,7 @@
 use crate::arbiter::Claim;
 use crate::message::{CloneStart, Message};
 use crate::status::Failover;
-use crate::{Capabilities, ExecutionPoint, Generation, LogPosition, PairId, Unequal};
+use crate::{Capabilities, ExecutionPoint, Generation, LogPosition, PageHashes, PairId, Unequal};
 
 /// What a backup is started with.
 #[derive(Clone, Debug)]
@@ -51,6 +51,8 @@ pub enum Input {
         point: ExecutionPoint,
         /// The first difference.
         unequal: Unequal,
+        /// The pages of that digest.
+        pages: PageHashes,
     },
     /// The copy cannot go on: a damaged log, a failed device, no memory.
     Failed {

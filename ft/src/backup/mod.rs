@@ -37,9 +37,10 @@ use state::{Asked, Cause, State, TakeOver};
 
 use crate::arbiter::Claim;
 use crate::detector::Detector;
+use crate::digest::MEMORY;
 use crate::message::Message;
 use crate::status::Failover;
-use crate::{ExecutionPoint, LogPosition, Terms, Timing, Unequal, clip, micros};
+use crate::{ExecutionPoint, LogPosition, PageHashes, Terms, Timing, Unequal, clip, micros};
 
 /// The largest log buffer that a backup agrees to.
 pub const MAX_LOG_BUFFER_BYTES: u64 = 1 << 30;
@@ -146,10 +147,12 @@ impl Backup {
                 self.executed_point = point;
                 self.digests_compared = digests_compared;
             }
-            Input::Unequal { point, unequal } => {
+            Input::Unequal { point, unequal, pages } => {
                 let reason = format!("the backup's {} differs", clip(&unequal.component));
                 self.last_unequal = Some(unequal.clone());
-                self.tell(Message::DigestUnequal { point, unequal }, actions);
+                let memory = unequal.component == MEMORY;
+                let pages = if memory { pages } else { PageHashes::default() };
+                self.tell(Message::DigestUnequal { point, unequal, pages }, actions);
                 self.discard(reason, actions);
             }
             Input::Failed { reason } | Input::Discard { reason } => {

@@ -3,7 +3,9 @@
 use crate::arbiter::Claim;
 use crate::message::Message;
 use crate::status::Failover;
-use crate::{Capabilities, ExecutionPoint, Generation, LogPosition, PairId, Terms, Unequal};
+use crate::{
+    Capabilities, ExecutionPoint, Generation, LogPosition, PageHashes, PairId, Terms, Unequal,
+};
 
 /// What a primary is started with.
 #[derive(Clone, Debug)]
@@ -46,6 +48,13 @@ pub enum Input {
         point: ExecutionPoint,
         /// Whole records, at most [`crate::message::MAX_CHUNK_BYTES`].
         bytes: Vec<u8>,
+    },
+    /// The vCPU has taken a digest, which is about to be logged: remembered in case the backup's differs.
+    Digested {
+        /// Where.
+        point: ExecutionPoint,
+        /// The pages of that digest.
+        pages: PageHashes,
     },
     /// The arbiter's answer to [`Action::Claim`]. One that is not awaited is ignored: it may come
     /// late, even from a claim for an earlier generation.

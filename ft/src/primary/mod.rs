@@ -26,6 +26,7 @@
 //!   goes live. Before, the peer never goes live by itself, so no claim is needed.
 //! - Whoever loses the claim halts for good.
 
+mod digests;
 mod io;
 mod peer;
 mod report;
@@ -35,6 +36,7 @@ pub use io::{Action, IllegalInput, Input, PrimaryConfig};
 
 use std::time::Duration;
 
+use digests::RecentDigests;
 use state::{Claiming, HandingOver, State};
 
 use crate::arbiter::Claim;
@@ -66,6 +68,7 @@ pub struct Primary {
     lag: LagControl,
     stalled: bool,
     stalls: u64,
+    digests: RecentDigests,
     digests_compared: u64,
     last_unequal: Option<Unequal>,
     last_failover: Option<Failover>,
@@ -98,6 +101,7 @@ impl Primary {
             lag: LagControl::new(now, timing.max_lag()),
             stalled: false,
             stalls: 0,
+            digests: RecentDigests::default(),
             digests_compared: 0,
             last_unequal: None,
             last_failover: None,
@@ -128,6 +132,7 @@ impl Primary {
             }
             Input::CloneFailed { reason } if self.state.unarmed() => self.abandon(reason, actions),
             Input::Log { end, point, bytes } => self.log(now, end, point, bytes, actions)?,
+            Input::Digested { point, pages } => self.digests.add(point, pages),
             Input::ArbiterAnswered { generation, answer } => {
                 if generation == self.config.terms.generation {
                     self.answered(now, answer, actions);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::state::State;
 use super::{Action, Primary};
+use crate::digest::MEMORY;
 use crate::message::{CloneStart, HELLO_MAGIC, Hello, Message};
 use crate::{LogPosition, PROTOCOL_VERSION, clip};
 
@@ -58,8 +59,11 @@ impl Primary {
                 self.digests_compared = digests_compared;
                 self.lag.executed(now, position, self.executed_point);
             }
-            Message::DigestUnequal { point, unequal } => {
-                let cause = format!("the backup's {} differs", clip(&unequal.component));
+            Message::DigestUnequal { point, mut unequal, pages } => {
+                unequal.component = clip(&unequal.component);
+                let memory = unequal.component == MEMORY;
+                unequal.page = memory.then(|| self.digests.first_unequal(point, &pages)).flatten();
+                let cause = format!("the backup's {unequal} differs");
                 self.last_unequal = Some(unequal.clone());
                 actions.push(Action::Diverged { point, unequal });
                 self.given_up(now, cause, actions);

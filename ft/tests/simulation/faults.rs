@@ -39,6 +39,8 @@ pub enum Fault {
     ClockJump { node: usize, by_us: u64 },
     /// A bit of the backup's guest changes.
     FlipBit,
+    /// A bit of a page of the backup's guest changes, which the guest does not notice.
+    FlipInPage { page: usize },
     /// The operator asks the primary to hand over.
     HandOver,
     /// The operator asks the backup to take over.

@@ -3,10 +3,11 @@
 //! its running total. So every answer depends on an output (the write), an input (its completion) and a
 //! state.
 
-use ft::{Digest, Event, ExecutionPoint, OutputNumber};
+use ft::{Digest, Event, ExecutionPoint, OutputNumber, PageHasher, PageHashes};
 use serde::{Deserialize, Serialize};
 
 pub const CLIENTS: usize = 3;
+pub const PAGES: usize = 8;
 
 /// What leaves a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub struct Guest {
     pub point: u64,
     /// Stands for registers and memory: depends on every input and its point.
     pub state: u64,
+    /// Pages of memory that nothing depends on.
+    pub memory: [u64; PAGES],
     pub next_output: u64,
     /// Requests begun, by client.
     begun: [u64; CLIENTS],
@@ -39,6 +42,7 @@ impl Guest {
         Self {
             point: 0,
             state: 1,
+            memory: [0; PAGES],
             next_output: 1,
             begun: [0; CLIENTS],
             done: [0; CLIENTS],
@@ -74,6 +78,7 @@ impl Guest {
     /// Applies an input here and now.
     pub fn apply(&mut self, event: &Event) {
         self.mix(self.point);
+        self.memory[self.state as usize % PAGES] ^= self.state;
         match event {
             Event::Frames { frames, .. } => {
                 for frame in frames {
@@ -123,8 +128,27 @@ impl Guest {
     pub fn digest(&self) -> Digest {
         let mut digest = Digest::default();
         digest.add("cpu", &self.state.to_le_bytes());
-        digest.add("memory", &postcard::to_stdvec(self).expect("encodes"));
+        digest.add("service", &postcard::to_stdvec(&self.quiet()).expect("encodes"));
+        digest.add_hash("memory", self.page_hasher().finish());
         digest
+    }
+
+    /// All but memory.
+    fn quiet(&self) -> Self {
+        Self { memory: [0; PAGES], ..self.clone() }
+    }
+
+    fn page_hasher(&self) -> PageHasher {
+        let mut hasher = PageHasher::new();
+        for (number, content) in (0..).zip(&self.memory) {
+            hasher.add(number, &content.to_le_bytes());
+        }
+        hasher
+    }
+
+    /// The pages of a digest taken now.
+    pub fn pages(&self) -> PageHashes {
+        self.page_hasher().into_list()
     }
 
     pub fn at(&self) -> ExecutionPoint {

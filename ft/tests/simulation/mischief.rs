@@ -71,6 +71,14 @@ impl World {
                     }
                 }
             }
+            Fault::FlipInPage { page } => {
+                for node in &mut self.nodes {
+                    if let (Role::Backup(_), Some(guest)) = (&node.role, &mut node.guest) {
+                        guest.memory[page] ^= 1;
+                        node.tainted = true;
+                    }
+                }
+            }
             Fault::HandOver => {
                 for node in 0..self.nodes.len() {
                     if matches!(self.nodes[node].role, Role::Primary(_)) {

@@ -327,7 +327,7 @@ impl World {
                 primary::Action::Stall => self.nodes[id].stalled = true,
                 primary::Action::Unstall => self.nodes[id].stalled = false,
                 primary::Action::Diverged { unequal, .. } => {
-                    self.note(|| format!("host{id} hears that the backup differs: {unequal:?}"));
+                    self.note(|| format!("host{id} hears that the backup differs: {unequal}"));
                 }
                 primary::Action::Changed { state, reason } => {
                     self.note(|| {

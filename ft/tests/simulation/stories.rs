@@ -197,6 +197,16 @@ fn backup_differs() {
 }
 
 #[test]
+fn a_page_of_the_backup_differs() {
+    for page in [0, 3, 7] {
+        tell(&[(AT, Fault::FlipInPage { page })], |outcome| {
+            assert!(outcome.failovers == 0 && outcome.protections >= 2, "a fresh copy was made");
+            assert!(said(outcome, &format!("differs: memory (page {page:#x})")));
+        });
+    }
+}
+
+#[test]
 fn garbage_on_the_channel() {
     for to in 0..2 {
         tell(&[(AT, Fault::Garbage { to })], |outcome| assert!(!outcome.lost));

@@ -92,11 +92,13 @@ impl World {
             };
             node.gate.hold(now, number, position, 100, tagged);
         }
+        let mut digested = None;
         let last = if hand_over {
             let event = Event::Control(Control::HandOver);
             guest.apply(&event);
             Entry::Event(event)
         } else if node.quanta.is_multiple_of(DIGEST_QUANTA) {
+            digested = Some(guest.pages());
             Entry::Digest(guest.digest())
         } else {
             Entry::Mark
@@ -104,6 +106,9 @@ impl World {
         let point = guest.at();
         let end = node.encoder.append(point, &last, &mut bytes).expect("a record");
         self.checkers.recorded(node.generation, end.0, guest);
+        if let Some(pages) = digested {
+            self.step_primary(id, primary::Input::Digested { point, pages });
+        }
         self.step_primary(id, primary::Input::Log { end, point, bytes });
         if hand_over {
             self.nodes[id].paused = true;
@@ -156,7 +161,9 @@ impl World {
                 Entry::Released { through } => node.kept.released(through),
                 Entry::Digest(digest) => {
                     node.digests += 1;
-                    unequal = digest.first_unequal(&guest.digest());
+                    unequal = digest
+                        .first_unequal(&guest.digest())
+                        .map(|unequal| (unequal, guest.pages()));
                     if unequal.is_some() {
                         break;
                     }
@@ -167,8 +174,8 @@ impl World {
         let point = guest.at();
         let position = node.decoder.position();
         let digests_compared = node.digests;
-        if let Some(unequal) = unequal {
-            self.step_backup(id, backup::Input::Unequal { point, unequal });
+        if let Some((unequal, pages)) = unequal {
+            self.step_backup(id, backup::Input::Unequal { point, unequal, pages });
         } else if position > before && self.plant != Some(Plant::LiveWithoutDraining) {
             self.step_backup(id, backup::Input::Executed { point, position, digests_compared });
         }

@@ -100,7 +100,7 @@ fn outruns(pair: &mut Pair, load: &Load) -> Result<()> {
         })
     };
     let dirtier = "while :; do dd if=/noise of=/copy bs=1M conv=notrunc; done";
-    let start = format!("({dirtier}) 2>/dev/null &");
+    let start = format!("({dirtier}) 2>/dev/null & true");
     pair.lab.network.limit(pair.side, Some(SLOW))?;
 
     // Given up by the operator, when the guest has been slowed down.

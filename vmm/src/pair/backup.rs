@@ -11,8 +11,8 @@ use std::time::Instant;
 use ft::backup::{Action, Input};
 use ft::message::{CloneStart, PAGE_BYTES};
 use ft::{
-    Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, Terms,
-    Unequal,
+    Arbiter, Backup, BackupConfig, ExecutionPoint, FtStatus, Generation, LogPosition, PageHashes,
+    Terms, Unequal,
 };
 use hypervisor::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
@@ -105,12 +105,14 @@ impl ReplayObserver for ProgressReporter {
         }
     }
 
-    fn digest(&mut self, point: ExecutionPoint, unequal: Option<Unequal>) {
+    fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>) {
         match unequal {
             None => {
                 self.progress.digests.fetch_add(1, Ordering::Relaxed);
             }
-            Some(unequal) => self.side.tell(Input::Unequal { point, unequal }),
+            Some((unequal, pages)) => {
+                self.side.tell(Input::Unequal { point, unequal, pages });
+            }
         }
     }
 

@@ -302,6 +302,9 @@ impl PrimarySide {
                         let size = held.outgoing.size();
                         self.gate.hold(now, held.number, held.position, size, held.outgoing);
                     }
+                    for (point, pages) in flush.digests {
+                        self.step(Input::Digested { point, pages });
+                    }
                     let (end, point, bytes) = (flush.end, flush.point, flush.bytes);
                     self.step(Input::Log { end, point, bytes });
                 }

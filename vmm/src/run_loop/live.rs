@@ -198,7 +198,7 @@ impl Live {
         self.next_digest_tsc = guest.tsc().saturating_add(DIGEST_INTERVAL_NS);
         if let Some(recorder) = &mut self.recorder {
             let digest = guest.digest()?;
-            recorder.record(guest.point(), &Entry::Digest(digest));
+            recorder.digest(guest.point(), digest, guest.take_digest_pages());
             recorder.flush();
         }
         Ok(())

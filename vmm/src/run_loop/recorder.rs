@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crossbeam_channel::Sender;
-use ft::{Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber};
+use ft::{Digest, Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::outgoing::Outgoing;
@@ -35,6 +35,8 @@ pub struct Flush {
     pub end: LogPosition,
     /// Execution point of the last record.
     pub point: ExecutionPoint,
+    /// Digests among the records: where, and of which pages.
+    pub digests: Vec<(ExecutionPoint, PageHashes)>,
     /// Outputs with the position that must be acknowledged before each may leave.
     pub outputs: Vec<HeldOutput>,
 }
@@ -81,6 +83,7 @@ pub struct Recorder {
     encoder: Encoder,
     bytes: Vec<u8>,
     outputs: Vec<HeldOutput>,
+    digests: Vec<(ExecutionPoint, PageHashes)>,
     next_output: OutputNumber,
     last_released: OutputNumber,
     sink: Sender<FromVcpu>,
@@ -102,6 +105,7 @@ impl Recorder {
             encoder: Encoder::new(start),
             bytes: Vec::new(),
             outputs: Vec::new(),
+            digests: Vec::new(),
             next_output: OutputNumber(1),
             last_released: OutputNumber(0),
             sink,
@@ -121,6 +125,12 @@ impl Recorder {
         if self.bytes.len() > FLUSH_BYTES {
             self.flush();
         }
+    }
+
+    /// Appends a digest. Its `pages` are for the ft thread alone.
+    pub fn digest(&mut self, point: ExecutionPoint, digest: Digest, pages: PageHashes) {
+        self.digests.push((point, pages));
+        self.record(point, &Entry::Digest(digest));
     }
 
     /// Appends a record for an output and holds the output until the next flush.
@@ -147,8 +157,9 @@ impl Recorder {
             return;
         }
         let outputs = std::mem::take(&mut self.outputs);
+        let digests = std::mem::take(&mut self.digests);
         let (end, point) = (self.encoder.position(), self.encoder.point());
-        self.send(FromVcpu::Flush(Flush { bytes, end, point, outputs }));
+        self.send(FromVcpu::Flush(Flush { bytes, end, point, digests, outputs }));
     }
 
     /// The last record has been written: the guest goes on elsewhere.

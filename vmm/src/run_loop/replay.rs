@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ft::{
-    Control, Decoder, Entry, Event, ExecutionPoint, KeptOutputs, LogPosition, OutputNumber, Record,
-    Unequal,
+    Control, Decoder, Entry, Event, ExecutionPoint, KeptOutputs, LogPosition, OutputNumber,
+    PageHashes, Record, Unequal,
 };
 use hypervisor::{Anchor, Exit};
 
@@ -24,8 +24,8 @@ pub trait ReplayObserver: Send {
     fn executed(&mut self, position: LogPosition, point: ExecutionPoint);
     /// Every record received so far has been applied.
     fn log_empty(&mut self);
-    /// A digest was compared: `Some` is the first unequal component.
-    fn digest(&mut self, point: ExecutionPoint, unequal: Option<Unequal>);
+    /// A digest was compared: `Some` is the first unequal component, with this side's pages.
+    fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>);
     /// The guest cannot follow the log.
     fn diverged(&mut self, reason: String);
 }
@@ -177,7 +177,8 @@ impl Replay {
                 let ours = guest.digest()?;
                 let unequal = theirs.first_unequal(&ours);
                 let reason = unequal.as_ref().map(|part| format!("{} differs", part.component));
-                self.observer.digest(record.point, unequal);
+                let pages = guest.take_digest_pages();
+                self.observer.digest(record.point, unequal.map(|unequal| (unequal, pages)));
                 if let Some(reason) = reason {
                     return Ok(self.diverged(reason));
                 }

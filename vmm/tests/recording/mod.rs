@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
-use ft::{Digest, Event, ExecutionPoint, LogPosition, Unequal};
+use ft::{Digest, Event, ExecutionPoint, LogPosition, PageHashes, Unequal};
 use hypervisor::soft::SoftHypervisor;
 use vmm::boot::Payload;
 use vmm::config::VmConfig;
@@ -96,7 +96,7 @@ struct Judge(Arc<Mutex<u64>>);
 impl ReplayObserver for Judge {
     fn executed(&mut self, _position: LogPosition, _point: ExecutionPoint) {}
     fn log_empty(&mut self) {}
-    fn digest(&mut self, point: ExecutionPoint, unequal: Option<Unequal>) {
+    fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>) {
         assert_eq!(unequal, None, "at point {}", point.0);
         *self.0.lock().unwrap() += 1;
     }

@@ -93,7 +93,7 @@ impl Screen {
             }
         }
         if status.digests_unequal > 0 {
-            let what = status.last_unequal.as_ref().map_or("?", |unequal| &unequal.component);
+            let what = status.last_unequal.as_ref().map_or("?".into(), ToString::to_string);
             let text = format!("{} digests differed, last in {what}", status.digests_unequal);
             lines.push(Line::styled(text, bad()));
         }

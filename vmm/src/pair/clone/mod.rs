@@ -108,7 +108,10 @@ pub struct CloneSender {
 impl CloneSender {
     /// Does all of it; `recorder` makes the log's writing end for the point it is given.
     pub fn run(self, recorder: impl FnOnce(ft::ExecutionPoint) -> Recorder) {
-        match self.clone_guest(recorder) {
+        let result = self.clone_guest(recorder);
+        // However it ended, the guest has all its time again.
+        self.progress.update(|status| status.throttle = 0.0);
+        match result {
             Ok(()) | Err(CloneError::Cancelled) => {}
             Err(CloneError::Failed(reason)) => {
                 let _ = self.way.step(CloneStep::Failed(reason));
