@@ -18,11 +18,11 @@ pub enum Event {
         /// TSC ticks per retired instruction, in units of 2^-32.
         rate: u64,
     },
-    /// Frames from the network, in order, without virtio headers.
+    /// Frames from the network, in order.
     Frames {
         /// Index of the device in the VM's configuration.
         device: u8,
-        /// Ethernet frames.
+        /// A virtio_net_hdr (virtio 1.2, section 5.1.6) with an Ethernet frame behind it, each.
         #[serde(with = "bytes::many")]
         frames: Vec<Vec<u8>>,
     },

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::net::Offloads;
+
 /// Bytes in a sector, the unit of all block addresses (virtio 1.2, 5.2).
 pub const SECTOR_SIZE: u64 = 512;
 
@@ -22,8 +24,11 @@ pub enum Effect {
     },
     /// A disk request; answered by [`DeviceEvent::BlockCompletion`] with the same id.
     Block(BlockRequest),
-    /// Ethernet frames to send, without any header of virtio's: all the guest had queued at one notify.
+    /// Frames to send: all the guest had queued at one notify. Each is a virtio_net_hdr of
+    /// [`crate::net::HEADER_SIZE`] bytes, checked, with an Ethernet frame behind it.
     Frames(Vec<Vec<u8>>),
+    /// From now on the guest's network driver takes frames with these things left undone. No answer.
+    Offloads(Offloads),
     /// Bytes the guest wrote to its console.
     ConsoleOutput(Vec<u8>),
     /// The guest wants random bytes; answered by [`DeviceEvent::Entropy`], in the order asked.
@@ -41,7 +46,7 @@ pub type Effects = Vec<Effect>;
 pub enum DeviceEvent {
     /// A disk request is done.
     BlockCompletion(BlockCompletion),
-    /// Ethernet frames arrived, without any header of virtio's.
+    /// Frames arrived, each a virtio_net_hdr with an Ethernet frame behind it.
     Frames(Vec<Vec<u8>>),
     /// Bytes for the guest's console.
     ConsoleInput(Vec<u8>),

@@ -30,7 +30,7 @@ pub trait Front<M: GuestMemory>: Send {
     fn write_config(&mut self, offset: usize, data: &[u8]);
 
     /// The driver is ready (DRIVER_OK) and accepted `features`.
-    fn activate(&mut self, features: u64);
+    fn activate(&mut self, features: u64, effects: &mut Effects);
 
     /// The driver, or the machine, reset the device. Effects under way stay so; their answers will
     /// still come and must then be taken without touching guest memory.
@@ -52,6 +52,12 @@ pub trait Front<M: GuestMemory>: Send {
     /// The effects that were handed out and whose answers have not come, in order. A machine that goes
     /// live issues them again.
     fn outstanding(&self) -> Vec<Effect>;
+
+    /// Whether more of what arrives unasked had better wait outside, since the guest has not taken yet what
+    /// came before.
+    fn backlogged(&self) -> bool {
+        false
+    }
 
     /// What it has done so far, by name; part of the state.
     fn counters(&self) -> Vec<(&'static str, u64)>;

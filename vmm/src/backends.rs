@@ -18,8 +18,8 @@ use virtio_devices::BlockRequest;
 use virtio_devices::block::back::{BlockBack, BlockBackError, BlockOptions};
 use virtio_devices::block::latency::Latencies;
 use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
-use virtio_devices::net::TapError;
 use virtio_devices::net::back::{NetBack, TapOptions};
+use virtio_devices::net::{Offloads, TapError};
 use virtio_devices::rng::back::{RngBack, RngBackError};
 
 use crate::api::Counters;
@@ -278,6 +278,18 @@ impl Outlet for Backends {
         }
     }
 
+    fn frames_taken(&self, device: u8) {
+        if let Some(net) = self.nets.get(&device) {
+            net.back.taken();
+        }
+    }
+
+    fn set_offloads(&self, device: u8, offloads: Offloads) {
+        if let Some(net) = self.nets.get(&device) {
+            net.back.set_offloads(offloads);
+        }
+    }
+
     fn console(&self, device: u8, bytes: &[u8]) {
         if let Some(console) = self.consoles.get(&device) {
             console.output(bytes);
@@ -346,7 +358,7 @@ fn tap_options(id: &str, net: &NetConfig) -> Result<TapOptions, BackendError> {
         }
     };
     let (ip, mask) = (ipv4(net.ip)?, ipv4(net.mask)?);
-    Ok(TapOptions { name: net.tap.clone(), ip, mask, mtu: net.mtu })
+    Ok(TapOptions { name: net.tap.clone(), ip, mask, mtu: net.mtu, offloads: net.offloads() })
 }
 
 fn open_console(

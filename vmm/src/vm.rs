@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ft::Event;
 use hypervisor::{GuestMemory, Hypervisor};
 
 use crate::backends::{BackendError, Backends, EventSink};
@@ -18,9 +17,6 @@ use crate::run_loop::outgoing::Outlet;
 use crate::run_loop::replay::Replay;
 use crate::run_loop::{self, Command, CommandError, Mailbox, Message, Observer, VcpuThread, View};
 use crate::snapshot::{self, SavedVm, SnapshotError};
-
-/// Frames that may wait for a busy vCPU thread; more are dropped, as a network does.
-const MAX_WAITING_MESSAGES: usize = 4096;
 
 /// Why a VM could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +120,9 @@ impl Prepared {
         }
         for (device, len) in self.guest.machine().entropy_wanted() {
             self.backends.entropy(device, len);
+        }
+        for (device, offloads) in self.guest.machine().offloads() {
+            self.backends.set_offloads(device, offloads);
         }
         let vm = self.live(payload, true, doorbell)?;
         vm.backends.start()?;
@@ -346,10 +345,8 @@ impl Observer for VmShared {
 fn event_sink(inbox: Arc<OnceLock<InboxSender<Message>>>) -> EventSink {
     Arc::new(move |event| {
         let Some(inbox) = inbox.get() else { return };
-        let droppable = matches!(event, Event::Frames { .. });
-        if !droppable || inbox.len() < MAX_WAITING_MESSAGES {
-            inbox.send(Message::Event(event));
-        }
+        // Network cards and disks bound what they have under way, so the inbox need not.
+        inbox.send(Message::Event(event));
     })
 }
 

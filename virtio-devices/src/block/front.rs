@@ -380,7 +380,7 @@ impl<M: GuestMemory> Front<M> for BlockFront {
 
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    fn activate(&mut self, features: u64) {
+    fn activate(&mut self, features: u64, _effects: &mut crate::effect::Effects) {
         self.state.features = features;
     }
 

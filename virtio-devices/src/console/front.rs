@@ -3,7 +3,7 @@
 use vm_memory::GuestMemory;
 
 use super::state::ConsoleState;
-use crate::effect::{DeviceEvent, Effect};
+use crate::effect::{DeviceEvent, Effect, Effects};
 use crate::front::{DriverError, Front, FrontError, FrontState, Io, StateError, copy_config};
 use crate::queue::{read_buffers, write_buffers};
 
@@ -126,7 +126,7 @@ impl<M: GuestMemory> Front<M> for ConsoleFront {
 
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    fn activate(&mut self, _features: u64) {}
+    fn activate(&mut self, _features: u64, _effects: &mut Effects) {}
 
     fn reset(&mut self) {
         self.state.backlog.clear();

@@ -1,28 +1,34 @@
 //! The host half of a network card: a TAP interface.
 //!
-//! A thread reads frames, as many as are there up to a limit, and hands them on as one batch. Sending
+//! A thread reads frames, as many as are there up to a limit, and hands them on as one batch. It has a few
+//! batches under way at most: what comes while the guest is busy waits in the interface's own queue, which
+//! the kernel bounds and whose drops it counts, and makes the next batch larger. Sending
 //! is a system call that does not block, made by whoever releases the frames: a thread between would
 //! only add delay. The interface may be attached long before it is started; what has piled up by
 //! then is stale and thrown away.
+//!
+//! Frames pass with the virtio_net_hdr that the kernel reads and writes in front of each, so that nothing
+//! is copied to add or remove it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::poll::PollFlags;
 
+use super::offload::{FRAME_MAX, HEADER_SIZE, Offloads};
 use super::tap::{self, TapError};
-use crate::net::FRAME_MAX;
 use crate::poll::{Bell, PollThread, readable};
 
-/// Frames in a batch at most.
+/// Frames in a batch at most, and bytes after which none is added.
 pub const BATCH_MAX: usize = 64;
+const BATCH_BYTES: usize = 256 << 10;
 
-/// The TAP's header: struct virtio_net_hdr with num_buffers, all zero as nothing is offloaded.
-const HEADER_SIZE: usize = tap::HEADER_SIZE;
+/// Batches that the guest has not taken yet, at most. The front half has room for all their frames.
+pub const UNDER_WAY_MAX: usize = 4;
 
 /// Where received frames go; called on the card's thread.
 pub type FrameSink = Box<dyn Fn(Vec<Vec<u8>>) + Send>;
@@ -38,6 +44,41 @@ pub struct TapOptions {
     pub mask: Option<Ipv4Addr>,
     /// Its MTU, if to be set.
     pub mtu: Option<u16>,
+    /// What the guest's driver may be promised, and the interface must therefore be able to do.
+    pub offloads: Offloads,
+}
+
+/// How much of what was received the guest has yet to take.
+#[derive(Debug, Default)]
+struct Window {
+    under_way: AtomicUsize,
+    /// The thread waits for its bell, which says that there is room again.
+    closed: AtomicBool,
+}
+
+impl Window {
+    /// Counts a batch handed over.
+    fn fill(&self) {
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether no further batch may be handed over now. If so, the next [`Window::drain`] asks for the bell.
+    fn is_closed(&self) -> bool {
+        self.closed.store(true, Ordering::SeqCst);
+        let full = self.under_way.load(Ordering::SeqCst) >= UNDER_WAY_MAX;
+        if !full {
+            self.closed.store(false, Ordering::SeqCst);
+        }
+        full
+    }
+
+    /// Counts a batch taken; whether to ring the bell.
+    fn drain(&self) -> bool {
+        // A batch that was never counted is no reason to count below zero.
+        let _ =
+            self.under_way.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        self.closed.swap(false, Ordering::SeqCst)
+    }
 }
 
 /// An attached TAP interface.
@@ -46,6 +87,7 @@ pub struct NetBack {
     name: String,
     file: Arc<File>,
     thread: OnceLock<PollThread>,
+    window: Arc<Window>,
     dropped: AtomicU64,
 }
 
@@ -56,7 +98,8 @@ impl NetBack {
     /// The step that failed.
     pub fn open(options: &TapOptions) -> Result<Self, TapError> {
         let (file, name) = tap::attach(options)?;
-        Ok(Self { name, file: Arc::new(file), thread: OnceLock::new(), dropped: AtomicU64::new(0) })
+        let (file, window) = (Arc::new(file), Arc::default());
+        Ok(Self { name, file, thread: OnceLock::new(), window, dropped: AtomicU64::new(0) })
     }
 
     /// The interface's name.
@@ -76,6 +119,7 @@ impl NetBack {
         let mut receiver = Receiver {
             name: self.name.clone(),
             file: Arc::clone(&self.file),
+            window: Arc::clone(&self.window),
             buffer: vec![0; HEADER_SIZE + FRAME_MAX],
         };
         receiver.discard_stale();
@@ -86,14 +130,28 @@ impl NetBack {
         Ok(())
     }
 
-    /// Sends frames. A frame the kernel does not take is lost, as on any network, and counted.
+    /// The guest has taken a batch: another may follow.
+    pub fn taken(&self) {
+        if self.window.drain()
+            && let Some(thread) = self.thread.get()
+        {
+            thread.ring();
+        }
+    }
+
+    /// Lets frames come in with these things left undone, which the guest's driver has agreed to. If the
+    /// kernel will not, frames come without, which any driver takes.
+    pub fn set_offloads(&self, offloads: Offloads) {
+        if let Err(error) = tap::set_offloads(&self.file, &self.name, offloads) {
+            log::warn!("{}: received frames will be small: {error}", self.name);
+        }
+    }
+
+    /// Sends frames, each behind its header. One that the kernel does not take is lost, as on any network,
+    /// and counted.
     pub fn send(&self, frames: &[Vec<u8>]) {
-        let mut packet = Vec::new();
         for frame in frames {
-            packet.clear();
-            packet.resize(HEADER_SIZE, 0);
-            packet.extend_from_slice(frame);
-            while let Err(error) = (&*self.file).write(&packet) {
+            while let Err(error) = (&*self.file).write(frame) {
                 if error.kind() != io::ErrorKind::Interrupted {
                     self.dropped.fetch_add(1, Ordering::Relaxed);
                     log::debug!("{}: a frame of {} bytes lost: {error}", self.name, frame.len());
@@ -120,11 +178,12 @@ impl NetBack {
     }
 }
 
-/// A reverse ARP request from `mac` (RFC 903): no one answers it, but every switch learns the way.
-/// Unlike gratuitous ARP it needs no IP address, which only the guest knows.
+/// A reverse ARP request from `mac` (RFC 903), behind a header: no one answers it, but every switch learns
+/// the way. Gratuitous ARP, which would need the guest's IP address, could add nothing: the MAC address
+/// stays the same, so what neighbours have in their ARP caches remains true.
 #[must_use]
 pub fn announcement(mac: [u8; 6]) -> Vec<u8> {
-    let mut frame = Vec::with_capacity(60);
+    let mut frame = vec![0; HEADER_SIZE];
     frame.extend_from_slice(&[0xff; 6]);
     frame.extend_from_slice(&mac);
     // Ethertype RARP; hardware Ethernet, protocol IPv4, their address lengths, operation 3.
@@ -134,7 +193,7 @@ pub fn announcement(mac: [u8; 6]) -> Vec<u8> {
         frame.extend_from_slice(&[0; 4]);
     }
     // The shortest frame Ethernet allows, without its checksum.
-    frame.resize(60, 0);
+    frame.resize(HEADER_SIZE + 60, 0);
     frame
 }
 
@@ -142,24 +201,30 @@ pub fn announcement(mac: [u8; 6]) -> Vec<u8> {
 struct Receiver {
     name: String,
     file: Arc<File>,
+    window: Arc<Window>,
     buffer: Vec<u8>,
 }
 
 impl Receiver {
     fn run(mut self, bell: &Bell, sink: &FrameSink) {
         loop {
-            let ready = bell.wait(&[(self.file.as_fd(), PollFlags::POLLIN)]);
+            let tap = (self.file.as_fd(), PollFlags::POLLIN);
+            let wanted: &[_] = if self.window.is_closed() { &[] } else { &[tap] };
+            let ready = bell.wait(wanted);
             if bell.stopping() {
                 return;
             }
             let received = match ready {
-                Ok(ready) if readable(ready[0]) => self.receive(),
+                Ok(ready) if ready.first().is_some_and(|tap| readable(*tap)) => self.receive(),
                 Ok(_) => continue,
                 Err(error) => Err(error),
             };
             match received {
                 Ok(frames) if frames.is_empty() => {}
-                Ok(frames) => sink(frames),
+                Ok(frames) => {
+                    self.window.fill();
+                    sink(frames);
+                }
                 Err(error) => {
                     log::error!("{}: no more frames can be received: {error}", self.name);
                     return;
@@ -168,13 +233,16 @@ impl Receiver {
         }
     }
 
+    /// Reads what is waiting, up to a batch.
     fn receive(&mut self) -> io::Result<Vec<Vec<u8>>> {
-        let mut frames = Vec::new();
+        let (mut frames, mut bytes) = (Vec::new(), 0);
         while frames.len() < BATCH_MAX
+            && bytes < BATCH_BYTES
             && let Some(len) = self.read()?
         {
             if len > HEADER_SIZE {
-                frames.push(self.buffer[HEADER_SIZE..len].to_vec());
+                frames.push(self.buffer[..len].to_vec());
+                bytes += len;
             }
         }
         Ok(frames)
@@ -205,12 +273,32 @@ mod tests {
     #[test]
     fn the_announcement_is_a_reverse_arp_broadcast() {
         let mac = [2, 3, 4, 5, 6, 7];
-        let frame = announcement(mac);
+        let packet = announcement(mac);
+        let (header, frame) = packet.split_at(HEADER_SIZE);
+        assert_eq!(header, [0; HEADER_SIZE]);
         assert_eq!(frame.len(), 60);
         assert_eq!(frame[0..6], [0xff; 6]);
         assert_eq!(frame[6..12], mac);
         assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
         assert_eq!(frame[22..28], mac);
         assert_eq!(frame[32..38], mac);
+    }
+
+    #[test]
+    fn the_window_closes_when_nothing_is_taken_and_asks_for_one_ring() {
+        let window = Window::default();
+        for _ in 0..UNDER_WAY_MAX {
+            assert!(!window.is_closed());
+            window.fill();
+        }
+        assert!(window.is_closed());
+        assert!(window.drain(), "the thread sleeps");
+        assert!(!window.drain(), "it has been woken");
+        assert!(!window.is_closed());
+        for _ in 0..2 * UNDER_WAY_MAX {
+            assert!(!window.drain());
+        }
+        window.fill();
+        assert!(!window.is_closed());
     }
 }

@@ -2,14 +2,18 @@
 //!
 //! All the guest has queued at a notify leaves as one batch, and a batch received raises one interrupt.
 //! Frames the guest has no buffers for wait in a backlog; what exceeds it is dropped and counted, by a
-//! rule that depends on the state alone.
+//! rule that depends on the state alone. The back half hands over no more while something waits there
+//! ([`Front::backlogged`]), so that this happens to none that a guest was too slow for.
+//!
+//! Nothing else touches the rings: the back half has no guest memory to reach them with.
 
 use vm_memory::GuestMemory;
 
+use super::offload::{self, FRAME_MAX, FRAME_MIN, HEADER_SIZE, Offloads};
 use super::state::{NetCounters, NetState};
-use crate::effect::{DeviceEvent, Effect};
+use crate::effect::{DeviceEvent, Effect, Effects};
 use crate::front::{DriverError, Front, FrontError, FrontState, Io, StateError, copy_config};
-use crate::queue::{Chain, read_buffers, slice_buffers, write_buffers};
+use crate::queue::{Chain, read_buffers, write_buffers};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -22,17 +26,9 @@ const F_MRG_RXBUF: u64 = 1 << 15;
 const F_STATUS: u64 = 1 << 16;
 const STATUS_LINK_UP: u16 = 1;
 
-/// struct virtio_net_hdr with num_buffers, always there with VIRTIO_F_VERSION_1 (5.1.6).
-const HEADER_SIZE: usize = 12;
-const NUM_BUFFERS: usize = 10;
-
-/// Bytes of a frame at most: what a TAP device can carry without segmentation offload, and room.
-pub const FRAME_MAX: usize = 65_550;
-/// Bytes of an Ethernet header: a frame has at least that.
-const FRAME_MIN: usize = 14;
-
-/// Frames that wait for buffers.
-const BACKLOG_MAX: usize = 256;
+/// Frames that wait for buffers, and their bytes: more than the back half has under way at a time.
+pub(super) const BACKLOG_MAX: usize = 256;
+pub(super) const BACKLOG_BYTES_MAX: usize = 4 << 20;
 
 /// What a network card is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +37,8 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// What the guest is told about the network's MTU, if anything.
     pub mtu: Option<u16>,
+    /// What it offers to the guest's driver, each for both directions.
+    pub offloads: Offloads,
 }
 
 /// The front half.
@@ -53,7 +51,8 @@ impl NetFront {
     /// A network card just powered on, with its link up.
     #[must_use]
     pub fn new(config: &NetConfig) -> Self {
-        Self { state: NetState { mac: config.mac, mtu: config.mtu, ..NetState::default() } }
+        let NetConfig { mac, mtu, offloads } = *config;
+        Self { state: NetState { mac, mtu, offered: offloads, ..NetState::default() } }
     }
 
     fn receive<M: GuestMemory>(
@@ -61,18 +60,18 @@ impl NetFront {
         frames: Vec<Vec<u8>>,
         io: &mut Io<'_, M>,
     ) -> Result<(), DriverError> {
-        for frame in frames {
-            let proper = (FRAME_MIN..=FRAME_MAX).contains(&frame.len());
-            if proper && io.live {
+        let agreed = Offloads::of_driver(self.state.features);
+        for mut frame in frames {
+            if !io.live || !offload::incoming(&mut frame, agreed) {
+                self.state.counters.rx_dropped += 1;
+                continue;
+            }
+            // Room is made first, so that the backlog holds only what does not fit in the queue.
+            if !self.state.has_room(frame.len()) {
+                self.deliver(io)?;
+            }
+            if self.state.has_room(frame.len()) {
                 self.state.backlog.push_back(frame);
-                // Room is made first, so that the backlog holds only what does not fit in the queue.
-                if self.state.backlog.len() > BACKLOG_MAX {
-                    self.deliver(io)?;
-                }
-                if self.state.backlog.len() > BACKLOG_MAX {
-                    self.state.backlog.pop_back();
-                    self.state.counters.rx_dropped += 1;
-                }
             } else {
                 self.state.counters.rx_dropped += 1;
             }
@@ -83,12 +82,12 @@ impl NetFront {
     /// Moves frames from the backlog into the guest's buffers, as many as fit.
     fn deliver<M: GuestMemory>(&mut self, io: &mut Io<'_, M>) -> Result<(), DriverError> {
         while io.live
-            && let Some(frame) = self.state.backlog.front()
+            && let Some(frame) = self.state.backlog.front_mut()
         {
-            let needed = (HEADER_SIZE + frame.len()) as u64;
+            let needed = frame.len() as u64;
             let mergeable = self.state.features & F_MRG_RXBUF != 0;
             let Some(chains) = take_chains(needed, mergeable, io)? else { return Ok(()) };
-            let len = frame.len() as u64;
+            let len = needed - HEADER_SIZE as u64;
             if fill_chains(&chains, frame, io)? {
                 self.state.counters.rx_frames += 1;
                 self.state.counters.rx_bytes += len;
@@ -115,17 +114,16 @@ impl NetFront {
         frames: &mut Vec<Vec<u8>>,
         io: &mut Io<'_, M>,
     ) -> Result<(), DriverError> {
+        let agreed = Offloads::of_device(self.state.features);
         let queue = &mut io.queues[TRANSMIT];
         while let Some(chain) = queue.pop(io.memory)? {
             let counters = &mut self.state.counters;
             let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
-            let len = len.saturating_sub(HEADER_SIZE);
-            if (FRAME_MIN..=FRAME_MAX).contains(&len) {
-                let mut frame = vec![0; len];
-                let source = slice_buffers(&chain.readable, HEADER_SIZE as u64, len as u64);
-                read_buffers(io.memory, &source, &mut frame)?;
+            let mut frame = vec![0; if len <= HEADER_SIZE + FRAME_MAX { len } else { 0 }];
+            read_buffers(io.memory, &chain.readable, &mut frame)?;
+            if offload::outgoing(&mut frame, agreed) {
                 counters.tx_frames += 1;
-                counters.tx_bytes += len as u64;
+                counters.tx_bytes += (len - HEADER_SIZE) as u64;
                 frames.push(frame);
             } else {
                 counters.tx_dropped += 1;
@@ -180,19 +178,17 @@ fn take_chains<M: GuestMemory>(
 /// them back for the next frame and returns false.
 fn fill_chains<M: GuestMemory>(
     chains: &[Chain],
-    frame: &[u8],
+    packet: &mut [u8],
     io: &mut Io<'_, M>,
 ) -> Result<bool, DriverError> {
     let room: u64 = chains.iter().map(Chain::writable_len).sum();
     let queue = &mut io.queues[RECEIVE];
-    if room < (HEADER_SIZE + frame.len()) as u64 {
+    if room < packet.len() as u64 {
         queue.undo_pop(chains.len() as u16);
         return Ok(false);
     }
-    let mut packet = vec![0; HEADER_SIZE];
-    packet[NUM_BUFFERS..].copy_from_slice(&(chains.len() as u16).to_le_bytes());
-    packet.extend_from_slice(frame);
-    let mut rest = packet.as_slice();
+    offload::set_num_buffers(packet, chains.len() as u16);
+    let mut rest = &*packet;
     for chain in chains {
         let written = write_buffers(io.memory, &chain.writable, rest)?;
         rest = &rest[written..];
@@ -207,7 +203,8 @@ impl<M: GuestMemory> Front<M> for NetFront {
     }
 
     fn features(&self) -> u64 {
-        F_MAC | F_STATUS | F_MRG_RXBUF | if self.state.mtu.is_some() { F_MTU } else { 0 }
+        let mtu = if self.state.mtu.is_some() { F_MTU } else { 0 };
+        F_MAC | F_STATUS | F_MRG_RXBUF | mtu | self.state.offered.features()
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
@@ -225,8 +222,9 @@ impl<M: GuestMemory> Front<M> for NetFront {
 
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    fn activate(&mut self, features: u64) {
+    fn activate(&mut self, features: u64, effects: &mut Effects) {
         self.state.features = features;
+        effects.push(Effect::Offloads(Offloads::of_driver(features)));
     }
 
     fn reset(&mut self) {
@@ -248,8 +246,16 @@ impl<M: GuestMemory> Front<M> for NetFront {
         }
     }
 
+    /// Nothing waits for an answer, but the host that goes live has yet to learn what the driver takes.
     fn outstanding(&self) -> Vec<Effect> {
-        Vec::new()
+        match self.state.features {
+            0 => Vec::new(),
+            features => vec![Effect::Offloads(Offloads::of_driver(features))],
+        }
+    }
+
+    fn backlogged(&self) -> bool {
+        !self.state.backlog.is_empty()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -276,7 +282,13 @@ impl<M: GuestMemory> Front<M> for NetFront {
         if state.mac != self.state.mac || state.mtu != self.state.mtu {
             return Err(StateError::Mismatch { what: "hardware address or MTU" });
         }
-        if state.backlog.len() > BACKLOG_MAX {
+        if state.offered != self.state.offered {
+            return Err(StateError::Mismatch { what: "offloads" });
+        }
+        if state.backlog.len() > BACKLOG_MAX
+            || state.backlog_bytes() > BACKLOG_BYTES_MAX
+            || state.backlog.iter().any(|packet| packet.len() < HEADER_SIZE + FRAME_MIN)
+        {
             return Err(StateError::Invalid { what: "receive backlog" });
         }
         self.state = state.clone();

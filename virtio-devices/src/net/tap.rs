@@ -9,9 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::back::TapOptions;
-
-/// struct virtio_net_hdr with num_buffers.
-pub(super) const HEADER_SIZE: usize = 12;
+use super::offload::{HEADER_SIZE, Offloads};
 
 /// What can go wrong with a TAP interface.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +57,18 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+    /// The host lacks an offload that the guest was, or is to be, promised.
+    #[error(
+        "this host's TAP interface '{name}' cannot do the offloads that the network device is configured \
+         with; switch them off there with offload_tso=off,offload_ufo=off or with offload_csum=off"
+    )]
+    Offload {
+        /// Interface.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// No thread for it.
     #[error("cannot start the thread of TAP interface '{name}'")]
     Thread {
@@ -98,9 +108,17 @@ pub(super) fn attach(options: &TapOptions) -> Result<(File, String), TapError> {
     let tap = Control { name: interface_name(&request), ..tap };
     let mut size = HEADER_SIZE as libc::c_int;
     tap.call(libc::TUNSETVNETHDRSZ, &mut size, "set the header size")?;
-    tap.turn_offload_off()?;
+    // Asked for now, since a backup must refuse here what it could not do when it goes live. No driver has
+    // agreed to anything yet: until one does, the kernel segments and checksums whatever it hands out.
+    tap.set_offloads(options.offloads)?;
+    tap.set_offloads(Offloads::default())?;
     configure(&tap.name, options)?;
     Ok((file, tap.name))
+}
+
+/// Lets the kernel leave these undone in the frames it hands out.
+pub(super) fn set_offloads(file: &File, name: &str, offloads: Offloads) -> Result<(), TapError> {
+    Control { fd: file.as_raw_fd(), name: name.into() }.set_offloads(offloads)
 }
 
 /// Address, MTU and the way up, through the usual interface ioctls.
@@ -161,11 +179,25 @@ impl Control {
         self.check(result, step)
     }
 
-    /// Without offload the kernel segments and checksums whatever it hands out.
-    fn turn_offload_off(&self) -> Result<(), TapError> {
+    fn set_offloads(&self, offloads: Offloads) -> Result<(), TapError> {
+        let Offloads { csum, tso4, tso6, ecn, ufo } = offloads;
+        let bits = [
+            (csum, libc::TUN_F_CSUM),
+            (tso4, libc::TUN_F_TSO4),
+            (tso6, libc::TUN_F_TSO6),
+            (ecn, libc::TUN_F_TSO_ECN),
+            (ufo, libc::TUN_F_UFO),
+        ];
+        let flags: libc::c_uint = bits.iter().filter(|(on, _)| *on).map(|(_, bit)| bit).sum();
         // SAFETY: TUNSETOFFLOAD takes a number, no pointer.
-        let result = unsafe { libc::ioctl(self.fd, libc::TUNSETOFFLOAD, 0 as libc::c_ulong) };
-        self.check(result, "turn off the offloads")
+        let result =
+            unsafe { libc::ioctl(self.fd, libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
+        self.check(result, "set the offloads").map_err(|error| match error {
+            TapError::Setup { name, source, .. } if source.raw_os_error() == Some(libc::EINVAL) => {
+                TapError::Offload { name, source }
+            }
+            error => error,
+        })
     }
 
     fn check(&self, result: libc::c_int, step: &'static str) -> Result<(), TapError> {

@@ -47,7 +47,7 @@ const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
 /// Version of [`VirtioPciState`].
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 /// A virtio device as a PCI function.
 pub struct VirtioPci<M: GuestMemory> {
@@ -255,7 +255,7 @@ impl<M: GuestMemory> VirtioPci<M> {
                 for queue in &mut self.queues {
                     queue.set_event_idx(features & EVENT_IDX != 0);
                 }
-                self.front.activate(features);
+                self.front.activate(features, effects);
             }
             Written::EnableQueue { index, rings } => {
                 let queue = &mut self.queues[index];

@@ -5,7 +5,7 @@
 use vm_memory::{GuestMemory, Permissions};
 
 use super::state::{Reply, RngState, Want};
-use crate::effect::{DeviceEvent, Effect};
+use crate::effect::{DeviceEvent, Effect, Effects};
 use crate::front::{DriverError, Front, FrontError, FrontState, Io, StateError, copy_config};
 use crate::queue::{Buffer, in_memory, slice_buffers, write_buffers};
 
@@ -86,7 +86,7 @@ impl<M: GuestMemory> Front<M> for RngFront {
 
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    fn activate(&mut self, _features: u64) {}
+    fn activate(&mut self, _features: u64, _effects: &mut Effects) {}
 
     fn reset(&mut self) {
         for want in &mut self.state.wants {

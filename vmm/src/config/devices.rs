@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize};
+use virtio_devices::net::Offloads;
 
 use super::{is_false, yes};
 
@@ -269,10 +270,10 @@ pub struct NetConfig {
     /// A bandwidth limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
-    /// Whether TCP segmentation may be offloaded.
+    /// Whether TCP segmentation may be offloaded; only with `offload_csum`.
     #[serde(default = "yes")]
     pub offload_tso: bool,
-    /// Whether UDP fragmentation may be offloaded.
+    /// Whether UDP fragmentation may be offloaded; only with `offload_csum`.
     #[serde(default = "yes")]
     pub offload_ufo: bool,
     /// Whether checksums may be offloaded.
@@ -309,6 +310,13 @@ impl Default for NetConfig {
             offload_ufo: true,
             offload_csum: true,
         }
+    }
+}
+
+impl NetConfig {
+    /// What the guest is offered. Only this decides it, so that it is the same on both sides of a pair.
+    pub(crate) fn offloads(&self) -> Offloads {
+        Offloads::new(self.offload_csum, self.offload_tso, self.offload_ufo)
     }
 }
 

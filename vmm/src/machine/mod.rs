@@ -19,7 +19,7 @@ use hypervisor::{AccessContext, GuestMemory, LongModeEntry, Msi};
 use serde::{Deserialize, Serialize};
 use virtio_devices::{
     BlockCompletion, BlockConfig, BlockFront, BlockRequest, BlockStatus, ConsoleFront, DeviceEvent,
-    Effect, Effects, Front, FrontError, NetFront, RngFront,
+    Effect, Effects, Front, FrontError, NetFront, RngFront, net::Offloads,
 };
 
 use crate::acpi;
@@ -50,12 +50,19 @@ pub enum MachineEffect {
         /// What to do.
         request: BlockRequest,
     },
-    /// Ethernet frames to send.
+    /// Frames to send.
     Frames {
         /// The network device.
         device: u8,
-        /// The frames.
+        /// The frames, each behind its virtio_net_hdr.
         frames: Vec<Vec<u8>>,
+    },
+    /// What the guest takes undone in received frames from now on.
+    Offloads {
+        /// The network device.
+        device: u8,
+        /// The set.
+        offloads: Offloads,
     },
     /// Bytes written to a virtio console.
     Console {
@@ -188,7 +195,8 @@ fn front(
             let net = &config.net()[index];
             // `VmConfig::complete` has filled in an address where the user gave none.
             let mac = net.mac.map_or([0x2e, 0, 0, 0, 0, index as u8], |mac| mac.0);
-            Box::new(NetFront::new(&virtio_devices::NetConfig { mac, mtu: net.mtu }))
+            let (mtu, offloads) = (net.mtu, net.offloads());
+            Box::new(NetFront::new(&virtio_devices::NetConfig { mac, mtu, offloads }))
         }
         Kind::Rng => Box::new(RngFront::new()),
     })
@@ -326,6 +334,26 @@ impl Machine {
         self.pci.devices().flat_map(requests).collect()
     }
 
+    /// What each network device's driver takes undone in received frames. A side that goes live tells its
+    /// host.
+    #[must_use]
+    pub fn offloads(&self) -> Vec<(u8, Offloads)> {
+        let agreed = |(slot, device): (u8, &virtio_devices::VirtioPci<GuestMemory>)| {
+            device.outstanding().into_iter().filter_map(move |effect| match effect {
+                Effect::Offloads(offloads) => Some((slot, offloads)),
+                _ => None,
+            })
+        };
+        self.pci.devices().flat_map(agreed).collect()
+    }
+
+    /// Whether the guest has yet to take what this device received. See
+    /// [`virtio_devices::Front::backlogged`].
+    #[must_use]
+    pub fn backlogged(&self, device: u8) -> bool {
+        self.pci.device(device).is_some_and(|device| device.front().backlogged())
+    }
+
     /// What the devices have done so far, by device id: part of the state, so it outlives a change of
     /// host. [`crate::backends::Backends::counters`] adds latencies.
     #[must_use]
@@ -380,6 +408,9 @@ impl Machine {
                 }
                 Effect::Block(request) => self.push(MachineEffect::Block { device, request }, cx),
                 Effect::Frames(frames) => self.push(MachineEffect::Frames { device, frames }, cx),
+                Effect::Offloads(offloads) => {
+                    self.push(MachineEffect::Offloads { device, offloads }, cx);
+                }
                 Effect::ConsoleOutput(bytes) => {
                     self.push_output(MachineEffect::Console { device, bytes });
                 }

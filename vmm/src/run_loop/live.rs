@@ -45,6 +45,8 @@ pub struct Live {
     /// Fraction of its time that the guest gives away to a copy in the making.
     copy_throttle: f64,
     throttle: Throttle,
+    /// Network devices, one for each batch of frames applied that they still hold some of.
+    backlogged: Vec<u8>,
 }
 
 impl Live {
@@ -60,6 +62,7 @@ impl Live {
             next_digest_tsc: 0,
             copy_throttle: 0.0,
             throttle: Throttle::default(),
+            backlogged: Vec::new(),
         }
     }
 
@@ -103,8 +106,26 @@ impl Live {
     pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
         self.wake(guest)?;
         guest.apply(&event)?;
+        if let Event::Frames { device, .. } = event {
+            self.backlogged.push(device);
+        }
         self.record(guest, Entry::Event(event));
-        self.drain_effects(guest).map(|_| ())
+        self.drain_effects(guest)?;
+        self.take_more(guest);
+        Ok(())
+    }
+
+    /// Asks for more frames where the guest has taken what came. Until then they wait outside: a guest that
+    /// is slower than its network would otherwise lose them here, and do nothing but be interrupted.
+    fn take_more(&mut self, guest: &Guest) {
+        let outlet = &self.outlet;
+        self.backlogged.retain(|&device| {
+            let wait = guest.machine().backlogged(device);
+            if !wait {
+                outlet.frames_taken(device);
+            }
+            wait
+        });
     }
 
     /// Logs a control operation that both sides carry out themselves.
@@ -133,6 +154,7 @@ impl Live {
         }
         let exit = guest.run(Some(ft::ExecutionPoint(self.anchor_due)))?;
         self.throttle.after_run(throttle, Instant::now);
+        self.take_more(guest);
         if let Some(next) = self.drain_effects(guest)? {
             return Ok(next);
         }
@@ -146,6 +168,7 @@ impl Live {
     /// On a backend that cannot count, time and HLT are the processor's own affair.
     fn advance_uncounted(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
         let exit = guest.run(None)?;
+        self.take_more(guest);
         if let Some(next) = self.drain_effects(guest)? {
             return Ok(next);
         }
@@ -219,6 +242,7 @@ impl Live {
                 },
                 Routed::Block(device, request) => self.outlet.block(device, request),
                 Routed::Entropy(device, len) => self.outlet.entropy(device, len),
+                Routed::Offloads(device, offloads) => self.outlet.set_offloads(device, offloads),
                 Routed::PowerOff => end = Some(Next::PoweredOff),
                 Routed::Reset => end = Some(Next::Rebooted),
             }

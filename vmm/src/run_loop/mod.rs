@@ -41,9 +41,6 @@ use outgoing::Outlet;
 use recorder::Recorder;
 use replay::Replay;
 
-/// Events kept for a guest that stands still before frames are dropped.
-const MAX_DEFERRED: usize = 1024;
-
 /// What reaches the vCPU thread from other threads.
 pub enum Message {
     /// From a back half: a frame, a completion, input, entropy.
@@ -379,11 +376,8 @@ impl RunLoop {
 
     fn event(&mut self, event: Event) -> Result<(), GuestError> {
         if self.paused || self.frozen {
-            // The other devices have only so many requests under way; a network never stops sending.
-            let droppable = matches!(event, Event::Frames { .. });
-            if !droppable || self.deferred.len() < MAX_DEFERRED {
-                self.deferred.push(event);
-            }
+            // Devices have only so many requests, and a network so many batches, under way.
+            self.deferred.push(event);
             return Ok(());
         }
         match &mut self.driver {

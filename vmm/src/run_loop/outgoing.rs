@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use virtio_devices::net::Offloads;
 use virtio_devices::{BlockOp, BlockRequest};
 
 use crate::machine::MachineEffect;
@@ -12,6 +13,10 @@ pub trait Outlet: Send + Sync {
     fn block(&self, device: u8, request: BlockRequest);
     /// Sends frames.
     fn frames(&self, device: u8, frames: &[Vec<u8>]);
+    /// Lets a network device hand over more: the guest has taken a batch of what it received.
+    fn frames_taken(&self, device: u8);
+    /// Says what the guest takes undone in the frames it receives.
+    fn set_offloads(&self, device: u8, offloads: Offloads);
     /// Writes to a virtio console.
     fn console(&self, device: u8, bytes: &[u8]);
     /// Writes to the serial port.
@@ -47,7 +52,7 @@ pub enum Outgoing {
     Frames {
         /// Device index.
         device: u8,
-        /// Ethernet frames.
+        /// Ethernet frames, each behind its virtio_net_hdr.
         frames: Vec<Vec<u8>>,
     },
     /// Bytes of a virtio console.
@@ -94,6 +99,8 @@ pub enum Routed {
     Block(u8, BlockRequest),
     /// Asks for entropy.
     Entropy(u8, u32),
+    /// Is about how input comes, which the log settles for a backup.
+    Offloads(u8, Offloads),
     /// The guest switched itself off.
     PowerOff,
     /// The guest asked for a reset.
@@ -115,6 +122,7 @@ pub fn route(effect: MachineEffect) -> Routed {
         MachineEffect::Frames { device, frames } => {
             Routed::Output(Outgoing::Frames { device, frames })
         }
+        MachineEffect::Offloads { device, offloads } => Routed::Offloads(device, offloads),
         MachineEffect::Console { device, bytes } => {
             Routed::Output(Outgoing::Console { device, bytes })
         }

@@ -137,6 +137,9 @@ impl Replay {
         for (device, len) in guest.machine().entropy_wanted() {
             outlet.entropy(device, len);
         }
+        for (device, offloads) in guest.machine().offloads() {
+            outlet.set_offloads(device, offloads);
+        }
         for (_, outgoing) in self.kept.take() {
             if !matches!(outgoing, Outgoing::Block { .. }) {
                 outgoing.release(&**outlet);
@@ -203,8 +206,8 @@ impl Replay {
                     self.kept.keep(self.next_output, bytes, outgoing);
                     self.next_output = OutputNumber(self.next_output.0 + 1);
                 }
-                // Their answers come with the log.
-                Routed::Block(..) | Routed::Entropy(..) => {}
+                // Their answers come with the log, and so do frames as the primary's host makes them.
+                Routed::Block(..) | Routed::Entropy(..) | Routed::Offloads(..) => {}
                 Routed::PowerOff => end = Some(Next::PoweredOff),
                 Routed::Reset => end = Some(Next::Rebooted),
             }
