@@ -170,7 +170,7 @@ fn big_frames_pass_both_ways_uncut_or_cut_as_agreed() {
     }
     let open = |name: &str| {
         let options = TapOptions { ip: None, mask: None, ..options(name) };
-        let mut back = NetBack::open(&options).unwrap();
+        let back = NetBack::open(&options).unwrap();
         let (sender, receiver) = mpsc::channel();
         back.start(Box::new(move |frames| drop(sender.send(frames)))).unwrap();
         (back, receiver)
@@ -223,7 +223,7 @@ fn frames_that_are_not_taken_wait_outside() {
     if !namespace("frames_that_are_not_taken_wait_outside") {
         return;
     }
-    let mut back = NetBack::open(&options("dyadtest4")).unwrap();
+    let back = NetBack::open(&options("dyadtest4")).unwrap();
     let (sender, receiver) = mpsc::channel();
     back.start(Box::new(move |frames| drop(sender.send(frames)))).unwrap();
     let socket = host_socket();

@@ -18,4 +18,5 @@ pub mod patience;
 pub mod proxy;
 pub mod requirements;
 pub mod soak;
+pub mod stream;
 pub mod vmm;
