@@ -112,6 +112,8 @@ pub struct Vm {
     disk: Vec<String>,
 
     /// Network devices: [tap=NAME][,mac=MAC][,ip=ADDRESS,mask=MASK][,mtu=N][,id=NAME]
+    /// [,offload_csum=off][,offload_tso=off][,offload_ufo=off]. Checksums, TCP segmentation and UDP
+    /// fragmentation are left to the host unless switched off; a backup's TAP must be able to do the same
     #[arg(long, value_name = "OPTIONS", num_args = 1..)]
     net: Vec<String>,
 

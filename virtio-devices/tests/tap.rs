@@ -227,9 +227,9 @@ fn frames_that_are_not_taken_wait_outside() {
     let (sender, receiver) = mpsc::channel();
     back.start(Box::new(move |frames| drop(sender.send(frames)))).unwrap();
     let socket = host_socket();
-    let numbered = |frame: &Vec<u8>| match frame.strip_suffix(b"!") {
-        Some(rest) => Some(u16::from_be_bytes([rest[rest.len() - 2], rest[rest.len() - 1]])),
-        None => None,
+    let numbered = |frame: &Vec<u8>| {
+        let number = frame.strip_suffix(b"!")?.last_chunk::<2>()?;
+        Some(u16::from_be_bytes(*number))
     };
     let (mut sent, mut heard, mut batches) = (0u16, Vec::new(), 0);
     // Until the window is full; the kernel's own frames may take part of it.
