@@ -3,7 +3,8 @@
 //! time from the primary while lag is large and gives it back after.
 //!
 //! Measured on the primary's clock alone: when a position was appended, and when the backup's report
-//! of having executed it arrived. It includes the way there and back, and so errs on the safe side.
+//! of having executed it arrived. It includes the way there and back, and so errs on the safe side; the few
+//! milliseconds that records without an output are collected before they are appended here it leaves out.
 //!
 //! What is measured is old news: when a slow backup reports that a record took 100 ms, those behind it
 //! will take longer still. So the loop acts on what is coming, the instructions recorded and not yet

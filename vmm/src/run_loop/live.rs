@@ -18,6 +18,10 @@ use crate::guest::{Guest, GuestError};
 
 /// Guest time between two digests of a recorded guest, in nanoseconds.
 const DIGEST_INTERVAL_NS: u64 = 500_000_000;
+/// Guest time after which the log of a guest that makes no output is sent on, in nanoseconds. Each piece wakes the ft
+/// threads of both sides several times, and they run on the processors that the guests need; outputs, on which
+/// somebody may wait, never wait for it.
+const FLUSH_INTERVAL_NS: u64 = 4_000_000;
 
 /// What the vCPU thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +51,7 @@ pub struct Live {
     throttle: Throttle,
     /// Network devices, one for each batch of frames applied that they still hold some of.
     backlogged: Vec<u8>,
+    next_flush_tsc: u64,
 }
 
 impl Live {
@@ -63,12 +68,14 @@ impl Live {
             copy_throttle: 0.0,
             throttle: Throttle::default(),
             backlogged: Vec::new(),
+            next_flush_tsc: 0,
         }
     }
 
     /// Becomes the recording side of a pair.
     pub fn start_recording(&mut self, guest: &Guest, recorder: Box<Recorder>) {
         self.next_digest_tsc = guest.tsc() + DIGEST_INTERVAL_NS;
+        self.next_flush_tsc = guest.tsc();
         self.anchor_due = guest.point().0;
         self.recorder = Some(recorder);
     }
@@ -212,7 +219,10 @@ impl Live {
         if guest.tsc() >= self.next_digest_tsc {
             self.digest(guest)?;
         }
-        self.flush();
+        if guest.tsc() >= self.next_flush_tsc {
+            self.next_flush_tsc = guest.tsc().saturating_add(FLUSH_INTERVAL_NS);
+            self.flush();
+        }
         Ok(())
     }
 
