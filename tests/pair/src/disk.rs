@@ -50,22 +50,31 @@ impl Disk {
         Ok(())
     }
 
+    /// A file as it is in the image.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn file(&self, path: &str) -> Result<Vec<u8>> {
+        let copy = tempfile::NamedTempFile::new()?;
+        let dump = format!("dump {path} {}", copy.path().display());
+        let output = run(sbin("debugfs").args(["-R", &dump]).arg(&self.path))?;
+        // debugfs ends with status 0 whatever happens; what went wrong is on standard error.
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            complaint.lines().all(|line| line.starts_with("debugfs ")),
+            "{path} cannot be read from the image: {complaint}"
+        );
+        Ok(std::fs::read(copy.path())?)
+    }
+
     /// The ledger as it is in the image.
     ///
     /// # Errors
     ///
     /// If there is none, or its lines are not numbered 1, 2, 3 and so on.
     pub fn ledger(&self) -> Result<Contents> {
-        let copy = tempfile::NamedTempFile::new()?;
-        let dump = format!("dump /ledger {}", copy.path().display());
-        let output = run(sbin("debugfs").args(["-R", &dump]).arg(&self.path))?;
-        // debugfs ends with status 0 whatever happens; what went wrong is on standard error.
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(
-            complaint.lines().all(|line| line.starts_with("debugfs ")),
-            "the ledger cannot be read from the image: {complaint}"
-        );
-        Ok(scan(copy.reopen()?)?)
+        Ok(scan(self.file("/ledger")?.as_slice())?)
     }
 }
 

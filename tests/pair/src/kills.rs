@@ -2,7 +2,7 @@
 
 use crate::lab::Lab;
 use crate::network::Side;
-use crate::pair::{Death, Pair, Protected};
+use crate::pair::{Death, Pair, Protected, Timing};
 use anyhow::{Context, Result, bail};
 use ft::FtStatus;
 use ledger_client::load::{Acknowledged, Load, Options};
@@ -26,6 +26,24 @@ pub struct Plan {
     pub connections: usize,
     /// Whether each survivor makes its next backup by itself, or is asked to.
     pub by_itself: bool,
+    /// Longest time from the first answer under protection to the kill; chance decides up to it.
+    pub longest_wait: Duration,
+    /// Times to protect with; `None` for Dyad's own.
+    pub timing: Option<Timing>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            kills: 1,
+            seed: 1,
+            death: Death::Process,
+            connections: 1,
+            by_itself: false,
+            longest_wait: Duration::from_secs(2),
+            timing: None,
+        }
+    }
 }
 
 /// One kill and what came of it.
@@ -37,7 +55,7 @@ pub struct Kill {
     pub side: Side,
     /// What protecting before it took.
     pub protected: Protected,
-    /// From the death to the first answer of the new primary.
+    /// From the kill to the first answer of the new primary.
     pub failover: Duration,
     /// `ft.status` of the new primary after that answer.
     pub status: FtStatus,
@@ -57,7 +75,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// Times from death to first answer.
+    /// Times from kill to first answer.
     #[must_use]
     pub fn failover_times(&self) -> Option<Distribution> {
         Distribution::of(self.kills.iter().map(|kill| kill.failover))
@@ -92,6 +110,7 @@ impl Plan {
     /// acknowledged line the disk does not hold, a file system with errors.
     pub fn run(&self, lab: Lab, tell: impl FnMut(&Kill)) -> Result<Account> {
         let mut pair = Pair::boot(lab)?;
+        pair.timing = self.timing;
         let address = pair.lab.service()?;
         let load = pair.lab.load(Options {
             connections: self.connections,
@@ -116,6 +135,7 @@ impl Plan {
     ) -> Result<Vec<Kill>> {
         let mut random = StdRng::seed_from_u64(self.seed);
         let mut kills = Vec::new();
+        let longest_wait_us = u64::try_from(self.longest_wait.as_micros())?.max(1);
         for number in 1..=self.kills {
             let protected = match (self.by_itself, number) {
                 (false, _) => pair.protect(),
@@ -125,16 +145,18 @@ impl Plan {
             let protected = protected.with_context(|| format!("before kill {number}"))?;
             // A random moment under load: at least one answer has passed the gate, then chance decides.
             load.wait_for_answers(load.answered() + 1)?;
-            std::thread::sleep(Duration::from_micros(random.random_range(0..2_000_000)));
+            std::thread::sleep(Duration::from_micros(random.random_range(0..longest_wait_us)));
             let digests = pair.digests_are_equal()?;
             // The status call above must not set the moment of death.
             std::thread::sleep(Duration::from_micros(random.random_range(0..20_000)));
             let side = pair.side;
+            // The process takes a while to be gone for good, and the backup does not wait for that.
+            let killed = Instant::now();
             let dead = pair.kill_primary(self.death)?;
             let first =
                 load.first_answer_after(dead).with_context(|| format!("after kill {number}"))?;
             let status = pair.wait_until_alone()?;
-            let failover = first.duration_since(dead);
+            let failover = first.duration_since(killed);
             let kill = Kill { number, side, protected, failover, status, digests };
             tell(&kill);
             kills.push(kill);

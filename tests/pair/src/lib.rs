@@ -2,8 +2,11 @@
 //!
 //! [`network`] makes two hosts and a switch; [`vmm`] is one `dyad` process in one of them; [`pair`] boots,
 //! protects, kills and protects again; [`disk`] reads the image behind the guest's back. The programs in
-//! `src/bin` and the tests in `tests/` are stories told with these.
+//! `src/bin` and the tests in `tests/` are stories told with these. [`clients`] speak to real programs in the guest,
+//! and [`bench`] measures them.
 
+pub mod bench;
+pub mod clients;
 pub mod console;
 pub mod disk;
 pub mod faults;

@@ -36,6 +36,15 @@ pub struct Protected {
     pub pause: Duration,
 }
 
+/// Times asked for when protecting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// How often each side says that it is there.
+    pub heartbeat_ms: u64,
+    /// Silence after which a side suspects the other.
+    pub failure_timeout_ms: u64,
+}
+
 /// A VM on one host and, when it is protected, its backup on the other.
 pub struct Pair {
     /// Hosts, disk, guest.
@@ -46,6 +55,8 @@ pub struct Pair {
     pub backup: Option<Vmm>,
     /// Where the live side is.
     pub side: Side,
+    /// Times to protect with; `None` for Dyad's own.
+    pub timing: Option<Timing>,
 }
 
 impl Pair {
@@ -65,7 +76,7 @@ impl Pair {
     /// As [`Self::boot`].
     pub fn boot_with(lab: Lab, mode: &str) -> Result<Self> {
         let primary = lab.start(Side::A, &lab.boot_options(mode))?;
-        let mut pair = Self { lab, primary, backup: None, side: Side::A };
+        let mut pair = Self { lab, primary, backup: None, side: Side::A, timing: None };
         pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
         Ok(pair)
     }
@@ -115,6 +126,10 @@ impl Pair {
                 "backup_url": listen,
                 "arbiter_url": self.lab.arbiter_url,
             });
+            if let Some(timing) = self.timing {
+                enable["heartbeat_ms"] = timing.heartbeat_ms.into();
+                enable["failure_timeout_ms"] = timing.failure_timeout_ms.into();
+            }
             merge(&mut enable, more);
             self.primary.api().put_json("ft.enable", &enable)?;
         }
@@ -197,6 +212,18 @@ impl Pair {
     /// If there is none.
     pub fn kill_backup(&mut self) -> Result<Instant> {
         self.backup.take().context("there is no backup")?.kill()
+    }
+
+    /// Ends protection in an orderly way; the backup's process ends.
+    ///
+    /// # Errors
+    ///
+    /// If the primary refuses or does not get there.
+    pub fn unprotect(&mut self) -> Result<FtStatus> {
+        self.primary.api().put("ft.disable")?;
+        let status = self.wait_until_alone()?;
+        drop(self.backup.take());
+        Ok(status)
     }
 
     /// Waits until the live side runs alone.

@@ -14,7 +14,7 @@ use std::time::Instant;
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 
 fn kills(kills: u32, death: Death, by_itself: bool) -> Result<()> {
-    let plan = Plan { kills, seed: 1, death, connections: 2, by_itself };
+    let plan = Plan { kills, death, connections: 2, by_itself, ..Plan::default() };
     let account = plan.run(Lab::new()?, |kill| {
         println!("kill {}: first answer after {:?}", kill.number, kill.failover);
     })?;
@@ -140,10 +140,8 @@ fn changes_of_side(pair: &mut Pair, load: &Load) -> Result<()> {
     // Disable: the backup is discarded and must not go live when the primary dies later.
     pair.protect()?;
     progress(load, 20)?;
-    pair.primary.api().put("ft.disable")?;
-    pair.wait_until_alone().context("after disable")?;
+    pair.unprotect().context("disable")?;
     progress(load, 20)?;
-    drop(pair.backup.take());
     Ok(())
 }
 

@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     }
     let death = if arguments.host { Death::Host } else { Death::Process };
     let Arguments { count, seed, connections, json, by_itself, .. } = arguments;
-    let plan = Plan { kills: count, seed, death, connections, by_itself };
+    let plan = Plan { kills: count, seed, death, connections, by_itself, ..Plan::default() };
     if !json {
         println!("{count} kills, seed {seed}: scripts/kill-loop {count} {seed} repeats this run");
     }

@@ -1,0 +1,11 @@
+//! What protection costs and how long a failover takes, measured in one run.
+//!
+//! [`workloads`] says what is run in the guest; [`measure`] runs it protected and unprotected in turn, and kills;
+//! [`results`] is what comes out of it, kept as JSON from the first figure on; [`report`] and [`plots`] make the
+//! document of it.
+
+pub mod measure;
+pub mod plots;
+pub mod report;
+pub mod results;
+pub mod workloads;

@@ -1,0 +1,291 @@
+//! The measurements: the same guest protected and unprotected in turn, an idle one, and kills.
+
+use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
+use super::workloads::{ALL, START, Work};
+use crate::kills::{Kill, Plan};
+use crate::lab::Lab;
+use crate::pair::{Death, Pair, Timing};
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// How much of everything.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// Whether amounts are those of a smoke run.
+    pub quick: bool,
+    /// Runs of each kind of work, protected and as many unprotected.
+    pub repetitions: usize,
+    /// Names of the kinds of work; all if empty.
+    pub only: Vec<String>,
+    /// How long the idle guest is watched.
+    pub idle: Duration,
+    /// Kills with Dyad's own times.
+    pub kills: u32,
+    /// Kills with a failure timeout of 50 ms.
+    pub fast_kills: u32,
+    /// Kills with Dyad's own times, the host's cables dead first, so that nobody hears its connections close.
+    pub host_kills: u32,
+}
+
+/// Takes results as they come: keeps them on disk and says what is going on.
+pub struct Keeper<'a> {
+    /// Everything so far.
+    pub results: Results,
+    /// Where it is kept.
+    pub path: &'a Path,
+    /// Hears of progress.
+    pub tell: &'a mut dyn FnMut(&str),
+}
+
+impl Keeper<'_> {
+    fn keep(&self) -> Result<()> {
+        self.results.save(self.path)
+    }
+}
+
+/// Measures work and idleness in one guest.
+///
+/// # Errors
+///
+/// The first thing that goes wrong; what was measured before is kept.
+pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
+    let chosen: Vec<&Work> = ALL
+        .iter()
+        .filter(|work| extent.only.is_empty() || extent.only.iter().any(|name| name == work.name))
+        .collect();
+    ensure!(!chosen.is_empty(), "no kind of work is named {:?}", extent.only);
+    let mut pair = Pair::boot_with(Lab::with_programs()?, START)?;
+    keeper.results.machine.guest_kernel = pair.primary.console.run("uname -r", PATIENCE)?;
+    for work in chosen {
+        one_kind(&mut pair, work, extent, keeper)
+            .with_context(|| format!("measuring {}\n{}", work.name, pair.describe()))?;
+    }
+    (keeper.tell)("idle");
+    keeper.results.idle = Some(idle(&mut pair, extent.idle)?);
+    keeper.keep()?;
+    pair.power_off()?;
+    Ok(())
+}
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) -> Result<()> {
+    let steps = if extent.quick { work.quick } else { work.steps };
+    let at = keeper.results.workloads.len();
+    keeper.results.workloads.push(Workload {
+        name: work.name.to_owned(),
+        what: work.what.to_owned(),
+        io: work.io,
+        unit: work.unit.to_owned(),
+        amount: steps as f64 * work.step,
+        runs: Vec::new(),
+    });
+    // The first time reads programs from the disk; nobody measures that.
+    (work.run)(pair, work.quick)?;
+    for repetition in 0..extent.repetitions {
+        // Which comes first changes, so that a guest growing slower or faster favours neither.
+        for protected in [repetition % 2 == 1, repetition % 2 == 0] {
+            let run = if protected {
+                protected_run(pair, work, steps)?
+            } else {
+                plain_run(pair, work, steps)?
+            };
+            (keeper.tell)(&line(work, steps, &run));
+            keeper.results.workloads[at].runs.push(run);
+            keeper.keep()?;
+        }
+    }
+    Ok(())
+}
+
+fn line(work: &Work, steps: u64, run: &Run) -> String {
+    let rate = steps as f64 * work.step / run.seconds;
+    let start = format!("{:10} {:6.2} s, {rate:8.1} {}/s", work.name, run.seconds, work.unit);
+    let Some(protection) = &run.protection else { return format!("{start}, unprotected") };
+    format!(
+        "{start}, protected: log {:.2} Mbit/s, output delay {} / {} us, lag {} / {} us, throttle {:.2}",
+        protection.log_bytes as f64 * 8e-6 / run.seconds,
+        protection.output_delay.p50_us,
+        protection.output_delay.p99_us,
+        protection.lag.p50_us,
+        protection.lag.p99_us,
+        protection.throttle,
+    )
+}
+
+fn plain_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
+    let cpu = pair.primary.cpu_time()?;
+    let start = Instant::now();
+    (work.run)(pair, steps)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let primary_cpu_seconds = (pair.primary.cpu_time()? - cpu).as_secs_f64();
+    Ok(Run { seconds, primary_cpu_seconds, protection: None })
+}
+
+fn protected_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
+    // Each run has a protection of its own: what the status counts from its start is this run's.
+    let pause = pair.protect()?.pause;
+    let backup_cpu = |pair: &Pair| pair.backup.as_ref().context("no backup")?.cpu_time();
+    let (before, cpu) = (pair.status()?, backup_cpu(pair)?);
+    let mut run = plain_run(pair, work, steps)?;
+    let (after, cpu_after) = (pair.status()?, backup_cpu(pair)?);
+    pair.digests_are_equal()?;
+    ensure!(after.state == "protected", "protection was lost: {after:?}");
+    pair.unprotect()?;
+    run.protection = Some(Protection {
+        pause_ms: pause.as_secs_f64() * 1e3,
+        log_bytes: after.log.recorded_bytes - before.log.recorded_bytes,
+        output_delay: after.output_delay,
+        lag: after.lag,
+        backup_cpu_seconds: (cpu_after - cpu).as_secs_f64(),
+        throttle: after.throttle,
+        stalls: after.stalls,
+    });
+    Ok(run)
+}
+
+fn idle(pair: &mut Pair, length: Duration) -> Result<Idle> {
+    let cpu = pair.primary.cpu_time()?;
+    std::thread::sleep(length);
+    let unprotected = pair.primary.cpu_time()? - cpu;
+    pair.protect()?;
+    let backup = pair.backup.as_ref().context("no backup")?;
+    let (before, cpu, backup_cpu) = (pair.status()?, pair.primary.cpu_time()?, backup.cpu_time()?);
+    let start = Instant::now();
+    std::thread::sleep(length);
+    let seconds = start.elapsed().as_secs_f64();
+    let log_bytes = pair.status()?.log.recorded_bytes - before.log.recorded_bytes;
+    let idle = Idle {
+        seconds,
+        log_bytes,
+        primary_cpu_seconds: (pair.primary.cpu_time()? - cpu).as_secs_f64(),
+        backup_cpu_seconds: (backup.cpu_time()? - backup_cpu).as_secs_f64(),
+        unprotected_cpu_seconds: unprotected.as_secs_f64(),
+    };
+    pair.unprotect()?;
+    Ok(idle)
+}
+
+/// Kills with Dyad's own times, the same with a failure timeout of 50 ms, and hosts that die without a word.
+///
+/// # Errors
+///
+/// As [`Plan::run`]; the kills before are kept.
+pub fn kills(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
+    let own = ft::Timing::default();
+    let own = Timing { heartbeat_ms: own.heartbeat_ms, failure_timeout_ms: own.failure_timeout_ms };
+    let fast = Timing { heartbeat_ms: 10, failure_timeout_ms: 50 };
+    let series = [
+        ("defaults", own, extent.kills, Death::Process),
+        ("50 ms", fast, extent.fast_kills, Death::Process),
+        ("defaults, cables pulled", own, extent.host_kills, Death::Host),
+    ];
+    for (name, timing, kills, death) in series {
+        let plan = Plan {
+            kills,
+            death,
+            longest_wait: Duration::from_millis(600),
+            timing: Some(timing),
+            ..Plan::default()
+        };
+        if kills > 0 {
+            kills_with(name, timing, &plan, keeper).with_context(|| format!("kills, {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn kills_with(name: &str, timing: Timing, plan: &Plan, keeper: &mut Keeper) -> Result<()> {
+    let planned = plan.kills;
+    let at = keeper.results.failovers.len();
+    keeper.results.failovers.push(Failovers {
+        name: name.to_owned(),
+        heartbeat_ms: timing.heartbeat_ms,
+        failure_timeout_ms: timing.failure_timeout_ms,
+        planned,
+        kills: Vec::new(),
+        acknowledged: None,
+    });
+    let mut unkept = Ok(());
+    let account = plan.run(Lab::new()?, |kill| {
+        let told = failover(kill).and_then(|failover| {
+            (keeper.tell)(&format!(
+                "{name}: kill {} of {planned}: first answer after {:.0} ms (detection {:.0}, replay {:.1}, \
+                 lease {:.0}, claim {:.1}, go-live {:.1}), pause {:.1} ms",
+                kill.number,
+                failover.first_answer_ms,
+                failover.detection_ms,
+                failover.replay_ms,
+                failover.lease_ms,
+                failover.claim_ms,
+                failover.go_live_ms,
+                failover.pause_ms,
+            ));
+            keeper.results.failovers[at].kills.push(failover);
+            keeper.keep()
+        });
+        if unkept.is_ok() {
+            unkept = told;
+        }
+    })?;
+    unkept?;
+    keeper.results.failovers[at].acknowledged = Some(account.verdict.acknowledged as u64);
+    keeper.keep()
+}
+
+fn failover(kill: &Kill) -> Result<Failover> {
+    let timeline = kill.status.last_failover.as_ref().context("no timeline in ft.status")?;
+    let ms = |from: Option<u64>, to: Option<u64>| -> Result<f64> {
+        let (from, to) = from.zip(to).with_context(|| format!("unfinished: {timeline:?}"))?;
+        Ok(to.saturating_sub(from) as f64 * 1e-3)
+    };
+    let suspected = Some(timeline.suspected_us);
+    // The claim is asked for when both the records and the lease are done with, whichever is later.
+    let drained = timeline.drained_us.max(suspected);
+    let lease = timeline.lease_over_us.max(drained);
+    Ok(Failover {
+        first_answer_ms: kill.failover.as_secs_f64() * 1e3,
+        detection_ms: ms(Some(0), suspected)?,
+        replay_ms: ms(suspected, drained)?,
+        lease_ms: ms(drained, lease)?,
+        claim_ms: ms(lease, timeline.claimed_us)?,
+        go_live_ms: ms(timeline.claimed_us, timeline.live_us)?,
+        pause_ms: kill.protected.pause.as_secs_f64() * 1e3,
+        protect_ms: kill.protected.took.as_secs_f64() * 1e3,
+    })
+}
+
+/// The machine this runs on.
+///
+/// # Errors
+///
+/// If `/proc` has another form.
+pub fn machine(quick: bool) -> Result<Machine> {
+    let said = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).output();
+        let output = output.ok().filter(|output| output.status.success());
+        output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let field = |file: &str, name: &str| -> Result<String> {
+        let text = std::fs::read_to_string(file)?;
+        let line = text.lines().find(|line| line.starts_with(name));
+        let line = line.with_context(|| format!("{file} has no {name}"))?;
+        Ok(line.split_once(':').map_or(line, |(_, value)| value).trim().to_owned())
+    };
+    let memory = field("/proc/meminfo", "MemTotal")?;
+    let root = crate::guest::root();
+    let commit = said("git", &["-C", &root.to_string_lossy(), "rev-parse", "--short", "HEAD"]);
+    let commit = commit.map_or_else(String::new, |commit| format!(" ({commit})"));
+    Ok(Machine {
+        processor: field("/proc/cpuinfo", "model name")?,
+        processors: std::thread::available_parallelism()?.get(),
+        memory_mib: memory.trim_end_matches(" kB").parse::<u64>()? >> 10,
+        kernel: said("uname", &["-sr"]).context("cannot run uname")?,
+        guest_kernel: String::new(),
+        date: said("date", &["-u", "+%Y-%m-%d"]).context("cannot run date")?,
+        version: format!("{}{commit}", env!("CARGO_PKG_VERSION")),
+        quick,
+    })
+}

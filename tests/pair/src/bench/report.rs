@@ -1,0 +1,519 @@
+//! The document: says in plain tables what was measured, what was wanted, and where that was missed.
+
+use super::plots::{Bar, bars, distributions};
+use super::results::{Failover, Failovers, Results, Run, Workload, median};
+use anyhow::{Context, Result};
+use ledger_client::stats::Distribution;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Wanted of work that the processor bounds.
+const RATIO_PROCESSOR: f64 = 0.95;
+/// Wanted of work that waits for disk and network.
+const RATIO_IO: f64 = 0.90;
+/// Wanted of an idle guest's log.
+const IDLE_MBIT: f64 = 0.05;
+/// Wanted of half of all outputs.
+const OUTPUT_DELAY_US: f64 = 1_000.0;
+/// Wanted of the lag, 99 times in 100.
+const LAG_US: f64 = 50_000.0;
+/// Wanted of the middle failover: with the default times, and with a failure timeout of 50 ms.
+const FAILOVER_MS: [f64; 2] = [500.0, 150.0];
+
+/// What VMware FT's authors published (Scales, Nelson, Venkitachalam 2010, section 5): the kind of work of ours that is
+/// nearest, theirs, speed protected over unprotected, log in Mbit/s.
+const PAPER: [(&str, &str, f64, f64); 7] = [
+    ("processor", "SPECjbb2005", 0.98, 1.5),
+    ("memory", "SPECjbb2005", 0.98, 1.5),
+    ("compile", "kernel compile", 0.95, 3.0),
+    ("redis", "MS-SQL DVD Store", 0.94, 18.0),
+    ("sqlite", "Oracle Swingbench", 0.99, 12.0),
+    ("receive", "netperf receive, 1 Gbit/s log", 604.0 / 940.0, 730.0),
+    ("transmit", "netperf transmit, 1 Gbit/s log", 855.0 / 940.0, 42.0),
+];
+
+/// Writes the document and its plots into `docs`; where the document is.
+///
+/// # Errors
+///
+/// If the folder cannot be written.
+pub fn write(results: &Results, docs: &Path) -> Result<PathBuf> {
+    let folder = docs.join("performance");
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot make {}", folder.display()))?;
+    plot(results, &folder)?;
+    let path = docs.join("performance.md");
+    std::fs::write(&path, document(results)?)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+fn plot(results: &Results, folder: &Path) -> Result<()> {
+    let bar = |work: &Workload, value: Option<f64>, target| {
+        Some(Bar { name: work.name.clone(), value: value?, target })
+    };
+    let ratios: Vec<Bar> = results
+        .workloads
+        .iter()
+        .filter_map(|work| bar(work, work.ratio(), Some(wanted_ratio(work))))
+        .collect();
+    bars(&folder.join("ratio.svg"), "Speed protected / unprotected", "ratio", &ratios)?;
+    let logs: Vec<Bar> = results
+        .workloads
+        .iter()
+        // The stream that the guest receives is all in the log; beside it nothing else could be seen.
+        .filter(|work| work.name != "receive")
+        .filter_map(|work| bar(work, work.log_mbit_per_second(), None))
+        .collect();
+    bars(&folder.join("log.svg"), "Log, without the received stream", "Mbit/s", &logs)?;
+    let series: Vec<(String, Vec<f64>)> = results
+        .failovers
+        .iter()
+        .filter(|failovers| !failovers.kills.is_empty())
+        .map(|failovers| {
+            let times = failovers.kills.iter().map(|kill| kill.first_answer_ms).collect();
+            (failovers.name.clone(), times)
+        })
+        .collect();
+    distributions(&folder.join("failover.svg"), "From the kill to the first answer", &series)
+}
+
+fn wanted_ratio(work: &Workload) -> f64 {
+    if work.io { RATIO_IO } else { RATIO_PROCESSOR }
+}
+
+fn document(results: &Results) -> Result<String> {
+    let mut text = String::from(
+        "# Performance\n\n\
+         What protection costs and how long a failover takes. `scripts/bench` measures all of it in one run and writes \
+         this page;\n`scripts/bench --report` writes it again from the same figures.\n\n",
+    );
+    if results.machine.quick {
+        text.push_str("**This was a smoke run (`--quick`): the figures mean nothing.**\n\n");
+    }
+    machine(&mut text, results)?;
+    targets(&mut text, results)?;
+    work(&mut text, results)?;
+    misses(&mut text, results)?;
+    paper(&mut text, results)?;
+    idle(&mut text, results)?;
+    failovers(&mut text, results)?;
+    method(&mut text)?;
+    Ok(text)
+}
+
+fn machine(text: &mut String, results: &Results) -> Result<()> {
+    let machine = &results.machine;
+    writeln!(
+        text,
+        "Measured on {} with Dyad {}: {} processors ({}), {} MiB of memory, {}; guest: Debian 12, Linux {}, on the \
+         software CPU.\nBoth hosts are network namespaces of this one machine. The primary, the backup and the client \
+         share its processors,\nwhich two real hosts would not.\n",
+        machine.date,
+        machine.version,
+        machine.processors,
+        machine.processor,
+        machine.memory_mib,
+        machine.kernel,
+        machine.guest_kernel,
+    )?;
+    Ok(())
+}
+
+/// One thing that was wanted.
+struct Target {
+    what: String,
+    wanted: String,
+    measured: String,
+    met: bool,
+}
+
+fn targets(text: &mut String, results: &Results) -> Result<()> {
+    let mut targets: Vec<Target> = Vec::new();
+    for work in &results.workloads {
+        if let Some(ratio) = work.ratio() {
+            let wanted = wanted_ratio(work);
+            targets.push(Target {
+                what: format!("{}: speed protected / unprotected", work.name),
+                wanted: format!("at least {wanted:.2}"),
+                measured: format!("{ratio:.2}"),
+                met: ratio >= wanted,
+            });
+        }
+    }
+    let worst = |figure: fn(&super::results::Protection) -> f64| {
+        let figures = results
+            .workloads
+            .iter()
+            .filter_map(|work| Some((work.under_protection(figure)?, work.name.as_str())));
+        figures.max_by(|one, other| one.0.total_cmp(&other.0))
+    };
+    let delays = worst(|protection| protection.output_delay.p50_us as f64);
+    if let Some((delay, name)) = delays {
+        targets.push(Target {
+            what: "output delay, median, worst kind of work".to_owned(),
+            wanted: "below 1 ms".to_owned(),
+            measured: format!("{:.2} ms ({name})", delay / 1e3),
+            met: delay < OUTPUT_DELAY_US,
+        });
+    }
+    if let Some((lag, name)) = worst(|protection| protection.lag.p99_us as f64) {
+        targets.push(Target {
+            what: "lag, 99 times in 100, worst kind of work".to_owned(),
+            wanted: "below 50 ms".to_owned(),
+            measured: format!("{:.0} ms ({name})", lag / 1e3),
+            met: lag < LAG_US,
+        });
+    }
+    if let Some(idle) = &results.idle {
+        let log = idle.log_mbit_per_second();
+        targets.push(Target {
+            what: "log of an idle guest".to_owned(),
+            wanted: format!("below {IDLE_MBIT} Mbit/s"),
+            measured: format!("{log:.3} Mbit/s"),
+            met: log < IDLE_MBIT,
+        });
+    }
+    for failovers in &results.failovers {
+        let wanted =
+            if failovers.failure_timeout_ms <= 50 { FAILOVER_MS[1] } else { FAILOVER_MS[0] };
+        let figures: [(&str, Figure); 2] = [
+            ("last heard to guest running", Failover::live_ms),
+            ("kill to first answer", |kill| kill.first_answer_ms),
+        ];
+        for (what, figure) in figures {
+            let Some(median) = median(failovers.kills.iter().map(figure)) else { continue };
+            targets.push(Target {
+                what: format!("{}: {what}, median", failovers.name),
+                wanted: format!("below {wanted:.0} ms"),
+                measured: format!("{median:.0} ms"),
+                met: median < wanted,
+            });
+        }
+    }
+    writeln!(text, "## Targets\n\n| | wanted | measured | |\n| --- | --- | --- | --- |")?;
+    for Target { what, wanted, measured, met } in targets {
+        let verdict = if met { "met" } else { "**missed**" };
+        writeln!(text, "| {what} | {wanted} | {measured} | {verdict} |")?;
+    }
+    writeln!(text)?;
+    Ok(())
+}
+
+fn work(text: &mut String, results: &Results) -> Result<()> {
+    writeln!(
+        text,
+        "## Work\n\nMedians. Ratio: speed protected over speed unprotected. Delay: how long outputs were held for the \
+         backup's\nacknowledgement. Lag: how far the backup was behind. Pause: how long the guest stood still to be \
+         protected.\nProcessors: of the primary's process without and with protection, and of the backup's, in seconds \
+         per second\nof the unprotected run.\n\n\
+         | work | unprotected | protected | ratio | log Mbit/s | delay p50 / p99 ms | lag p50 / p99 ms | pause ms | processors |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    )?;
+    for work in &results.workloads {
+        let speed = |protected| work.median(protected, |run| work.amount / run.seconds);
+        let seconds = work.median(false, |run| run.seconds);
+        let of = |figure: fn(&super::results::Protection) -> f64| work.under_protection(figure);
+        let (Some(plain), Some(protected), Some(seconds)) = (speed(false), speed(true), seconds)
+        else {
+            writeln!(text, "| {} | not finished | | | | | | | |", work.name)?;
+            continue;
+        };
+        let number = |value: Option<f64>, scale: f64, digits: usize| {
+            value.map_or_else(String::new, |value| format!("{:.digits$}", value / scale))
+        };
+        writeln!(
+            text,
+            "| {} | {} {}/s | {} | {} | {} | {} / {} | {} / {} | {} | {} → {} + {} |",
+            work.name,
+            significant(plain),
+            work.unit,
+            significant(protected),
+            number(work.ratio(), 1.0, 2),
+            number(work.log_mbit_per_second(), 1.0, 2),
+            number(of(|protection| protection.output_delay.p50_us as f64), 1e3, 2),
+            number(of(|protection| protection.output_delay.p99_us as f64), 1e3, 2),
+            number(of(|protection| protection.lag.p50_us as f64), 1e3, 1),
+            number(of(|protection| protection.lag.p99_us as f64), 1e3, 1),
+            number(of(|protection| protection.pause_ms), 1.0, 1),
+            number(work.median(false, |run| run.primary_cpu_seconds), seconds, 2),
+            number(work.median(true, |run| run.primary_cpu_seconds), seconds, 2),
+            number(of(|protection| protection.backup_cpu_seconds), seconds, 2),
+        )?;
+    }
+    writeln!(text, "\n![ratios](performance/ratio.svg)\n\n![log](performance/log.svg)\n")?;
+    for work in &results.workloads {
+        writeln!(text, "- **{}**: {}", work.name, work.what)?;
+    }
+    writeln!(text)?;
+    Ok(())
+}
+
+fn significant(value: f64) -> String {
+    let digits = (2 - value.abs().max(1e-9).log10().floor() as i32).clamp(0, 4);
+    format!("{value:.*}", usize::try_from(digits).unwrap_or(0))
+}
+
+/// Why the ratios that are too low are, as far as the figures tell.
+fn misses(text: &mut String, results: &Results) -> Result<()> {
+    let missed: Vec<&Workload> = results
+        .workloads
+        .iter()
+        .filter(|work| work.ratio().is_some_and(|ratio| ratio < wanted_ratio(work)))
+        .collect();
+    if missed.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "### Why ratios were missed\n")?;
+    let processors = results.machine.processors as f64;
+    for work in missed {
+        let busy = |run: &Run| {
+            let backup = run.protection.as_ref().map_or(0.0, |part| part.backup_cpu_seconds);
+            (run.primary_cpu_seconds + backup) / (run.seconds * processors)
+        };
+        let (Some(busy), Some(plain), Some(protected)) = (
+            work.median(true, busy),
+            work.median(false, |run| run.primary_cpu_seconds),
+            work.median(true, |run| run.primary_cpu_seconds),
+        ) else {
+            continue;
+        };
+        let more = (protected / plain - 1.0) * 100.0;
+        let share = busy * 100.0;
+        write!(
+            text,
+            "- **{}**: the primary's process takes {more:.0} % more processor time for the same work (records, flushes, the \
+             channel, digests)",
+            work.name
+        )?;
+        if busy > 0.8 {
+            writeln!(
+                text,
+                "; primary and backup together keep all {processors:.0} processors {share:.0} % busy, and \
+                 client and host network want some of them too."
+            )?;
+        } else {
+            writeln!(
+                text,
+                ". The processors are {share:.0} % busy: the rest is waiting, for each answer and each write to the disk \
+                 is held until the backup has acknowledged the log up to it."
+            )?;
+        }
+    }
+    writeln!(text)?;
+    Ok(())
+}
+
+fn paper(text: &mut String, results: &Results) -> Result<()> {
+    writeln!(
+        text,
+        "## Beside VMware FT\n\nThe figures published for VMware FT (Scales, Nelson, Venkitachalam, 2010) were measured on \
+         hardware-virtualised guests with\na host each; ours run on a software CPU, so that absolute log rates are \
+         smaller for the same reason for which the guests\nare slower. What carries over is the ratio, and for streams \
+         the log per Mbit carried.\n\n\
+         | work | ratio | log Mbit/s | nearest in the paper | its ratio | its log Mbit/s | |\n\
+         | --- | --- | --- | --- | --- | --- | --- |"
+    )?;
+    for (name, theirs, their_ratio, their_log) in PAPER {
+        let Some(work) = results.workloads.iter().find(|work| work.name == name) else { continue };
+        let (Some(ratio), Some(log)) = (work.ratio(), work.log_mbit_per_second()) else { continue };
+        let ratio_verdict = if ratio >= their_ratio { "ratio not below" } else { "ratio below" };
+        let log_verdict = if log < their_log { "log below" } else { "**log above**" };
+        writeln!(
+            text,
+            "| {name} | {ratio:.2} | {log:.2} | {theirs} | {their_ratio:.2} | {their_log} | {ratio_verdict}, {log_verdict} |"
+        )?;
+    }
+    if let Some(idle) = &results.idle {
+        let log = idle.log_mbit_per_second();
+        let verdict = if log < 0.5 { "log below" } else { "**log above**" };
+        writeln!(text, "| idle | | {log:.3} | idle guest | | 0.5 to 1.5 | {verdict} |")?;
+    }
+    writeln!(
+        text,
+        "\nThe paper gives no distribution of failover times; it speaks of a take-over within seconds.\n"
+    )?;
+    Ok(())
+}
+
+fn idle(text: &mut String, results: &Results) -> Result<()> {
+    let Some(idle) = &results.idle else { return Ok(()) };
+    let share = |seconds: f64| seconds / idle.seconds * 100.0;
+    writeln!(
+        text,
+        "## Idle\n\nA guest that does nothing, over {:.0} s: {:.3} Mbit/s of log; {:.1} % of a processor unprotected, {:.1} % as \
+         primary\nand {:.1} % as backup.\n",
+        idle.seconds,
+        idle.log_mbit_per_second(),
+        share(idle.unprotected_cpu_seconds),
+        share(idle.primary_cpu_seconds),
+        share(idle.backup_cpu_seconds),
+    )?;
+    Ok(())
+}
+
+fn failovers(text: &mut String, results: &Results) -> Result<()> {
+    writeln!(
+        text,
+        "## Failover\n\nThe primary is killed at a random moment while a client appends lines over one connection, each answered \
+         when it is\non the disk. The phases are the backup's own account, from when it heard the primary last: until \
+         it suspects it, until\nevery record received is executed, until the primary's lease has certainly run out, until the \
+         arbiter has granted the\nclaim, until the guest runs. The client's time starts at the kill and ends at the first \
+         answer of the new primary. A request that was lost on its way to the dead host is sent again when the client's TCP times \
+         out,\nwhich on Linux is 200 ms at the least: where the guest runs again sooner, that is what the client \
+         waits for.\n\n![failover](performance/failover.svg)\n"
+    )?;
+    for series in &results.failovers {
+        one_series(text, series)?;
+    }
+    Ok(())
+}
+
+type Figure = fn(&Failover) -> f64;
+
+fn one_series(text: &mut String, series: &Failovers) -> Result<()> {
+    writeln!(
+        text,
+        "### {}: {} kills, heartbeat {} ms, failure timeout {} ms\n",
+        series.name,
+        series.kills.len(),
+        series.heartbeat_ms,
+        series.failure_timeout_ms
+    )?;
+    if series.kills.len() < series.planned as usize {
+        writeln!(text, "**Interrupted: {} kills were planned.**\n", series.planned)?;
+    }
+    writeln!(text, "| milliseconds | min | median | p99 | max |\n| --- | --- | --- | --- | --- |")?;
+    let rows: [(&str, Figure); 9] = [
+        ("detection", |kill| kill.detection_ms),
+        ("replay of the rest", |kill| kill.replay_ms),
+        ("lease", |kill| kill.lease_ms),
+        ("claim", |kill| kill.claim_ms),
+        ("go live", |kill| kill.go_live_ms),
+        ("**last heard to guest running**", Failover::live_ms),
+        ("**kill to first answer**", |kill| kill.first_answer_ms),
+        ("pause when protecting", |kill| kill.pause_ms),
+        ("protecting, in all", |kill| kill.protect_ms),
+    ];
+    for (name, figure) in rows {
+        let times =
+            series.kills.iter().map(|kill| Duration::from_secs_f64(figure(kill).max(0.0) / 1e3));
+        let Some(times) = Distribution::of(times) else { continue };
+        let Distribution { min_ms, median_ms, p99_ms, max_ms, .. } = times;
+        writeln!(text, "| {name} | {min_ms:.1} | {median_ms:.1} | {p99_ms:.1} | {max_ms:.1} |")?;
+    }
+    match series.acknowledged {
+        Some(count) => writeln!(
+            text,
+            "\n{count} requests were acknowledged on one unbroken connection; none was lost, repeated or put out of order.\n"
+        )?,
+        None => writeln!(text, "\nThe account of this series was not made up.\n")?,
+    }
+    Ok(())
+}
+
+fn method(text: &mut String) -> Result<()> {
+    writeln!(
+        text,
+        "## Method\n\n\
+         - One guest (256 MiB) does all the work, protected and unprotected in turn, the order changing each time; \
+         medians of the runs.\n\
+         - Every run is a fixed amount of work. Its time is the host's, taken at the client or at the console, not the \
+         guest's.\n\
+         - Each protected run has a protection of its own, so that delays and lags are of that run alone, catching up \
+         after the copy included.\n\
+         - Failovers are measured on a guest with nothing but the ledger service, whose answers are checked against \
+         the disk afterwards.\n\
+         - The disk image is a file on the machine's own disk; `sync` in the guest is `fdatasync` on the host.\n\
+         - VMware FT's figures are those of its authors' paper, not measured by us."
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::results::{Idle, Protection};
+    use super::*;
+    use ft::Percentiles;
+
+    fn results(protected_seconds: f64) -> Results {
+        let protection = Protection {
+            pause_ms: 0.5,
+            log_bytes: 250_000,
+            output_delay: Percentiles { count: 1, p50_us: 100, p99_us: 200, max_us: 300 },
+            lag: Percentiles { count: 1, p50_us: 1_000, p99_us: 60_000, max_us: 70_000 },
+            backup_cpu_seconds: 1.0,
+            throttle: 0.0,
+            stalls: 0,
+        };
+        let run = |seconds, protection| Run { seconds, primary_cpu_seconds: 1.0, protection };
+        let kill = |first_answer_ms| Failover {
+            first_answer_ms,
+            detection_ms: 1.0,
+            replay_ms: 2.0,
+            lease_ms: 3.0,
+            claim_ms: 4.0,
+            go_live_ms: 5.0,
+            pause_ms: 6.0,
+            protect_ms: 7.0,
+        };
+        Results {
+            workloads: vec![Workload {
+                name: "compile".to_owned(),
+                what: "everything".to_owned(),
+                io: false,
+                unit: "builds".to_owned(),
+                amount: 1.0,
+                runs: vec![run(1.0, None), run(protected_seconds, Some(protection))],
+            }],
+            idle: Some(Idle {
+                seconds: 10.0,
+                log_bytes: 10_000,
+                primary_cpu_seconds: 0.2,
+                backup_cpu_seconds: 0.1,
+                unprotected_cpu_seconds: 0.1,
+            }),
+            failovers: vec![Failovers {
+                name: "defaults".to_owned(),
+                heartbeat_ms: 20,
+                failure_timeout_ms: 300,
+                planned: 3,
+                kills: vec![kill(100.0), kill(600.0)],
+                acknowledged: None,
+            }],
+            ..Results::default()
+        }
+    }
+
+    #[test]
+    fn targets_are_said_to_be_met_or_missed_and_why() -> Result<()> {
+        let fast = document(&results(1.01))?;
+        assert!(
+            fast.contains(
+                "| compile: speed protected / unprotected | at least 0.95 | 0.99 | met |"
+            )
+        );
+        assert!(fast.contains("60 ms (compile) | **missed**"), "{fast}");
+        assert!(fast.contains("median | below 500 ms | 350 ms | met"), "{fast}");
+        assert!(fast.contains("**Interrupted: 3 kills were planned.**"));
+        assert!(!fast.contains("Why ratios were missed"));
+        let slow = document(&results(2.0))?;
+        assert!(slow.contains("at least 0.95 | 0.50 | **missed** |"));
+        assert!(slow.contains("Why ratios were missed"));
+        Ok(())
+    }
+
+    #[test]
+    fn an_interrupted_run_has_a_document_too() -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        write(&Results::default(), directory.path())?;
+        let path = write(&results(1.0), directory.path())?;
+        assert!(std::fs::read_to_string(path)?.contains("## Failover"));
+        for plot in ["ratio", "log", "failover"] {
+            let plot = directory.path().join(format!("performance/{plot}.svg"));
+            assert!(std::fs::read_to_string(plot)?.trim_end().ends_with("</svg>"));
+        }
+        Ok(())
+    }
+}
