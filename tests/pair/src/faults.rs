@@ -185,9 +185,8 @@ fn arbiter_gone(pair: &mut Pair, load: &Load) -> Result<()> {
     let (claims, away) = (pair.lab.claims(), pair.lab.claims().with_extension("away"));
     std::fs::rename(&claims, &away)?;
     pair.kill_primary(Death::Process)?;
-    let waiting = wait_for_status(&pair.primary, "waits", |status| {
-        status.state == "waiting for arbiter"
-    })?;
+    let waiting =
+        wait_for_status(&pair.primary, "waits", |status| status.state == "waiting for arbiter")?;
     ensure!(waiting.role == "backup", "{waiting:?}");
     std::fs::rename(&away, &claims)?;
     let back = Instant::now();

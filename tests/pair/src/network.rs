@@ -223,7 +223,10 @@ mod tests {
         connect(10)??;
         listener.accept()?;
         for (what, cut) in [
-            ("frames to b are lost", &(|cut| network.lose_frames_to(Side::B, cut)) as &dyn Fn(_) -> _),
+            (
+                "frames to b are lost",
+                &(|cut| network.lose_frames_to(Side::B, cut)) as &dyn Fn(_) -> _,
+            ),
             ("frames to a are lost", &|cut| network.lose_frames_to(Side::A, cut)),
             ("cables pulled", &|cut| network.set_links(Side::B, !cut)),
         ] {

@@ -157,10 +157,9 @@ fn a_primary_killed_before_protection_takes_its_vm_along() -> Result<()> {
         pair.primary.kill()?;
         proxy.set(Weather::default());
         let backup = pair.backup.take().context("no backup")?;
-        let status = wait_for_status(&backup, "waits for the next", |status| {
-            status.state == "listening"
-        })
-        .with_context(|| format!("killed while {phase}"))?;
+        let status =
+            wait_for_status(&backup, "waits for the next", |status| status.state == "listening")
+                .with_context(|| format!("killed while {phase}"))?;
         ensure!(status.last_failover.is_none(), "a copy that never counted went live: {status:?}");
         ensure!(backup.state().is_err(), "it still has a VM");
         pair.lab.disk.check()?;
@@ -209,7 +208,8 @@ fn a_link_that_hangs_for_less_than_the_timeout_is_no_failure() -> Result<()> {
         pair.protect_with(&json!({}), &through(&proxy, patient))?;
         progress(load, 20)?;
         proxy.set(Weather { mute: true, ..Weather::default() });
-        let held = wait_for_status(&pair.primary, "outputs wait", |status| status.held_outputs > 0)?;
+        let held =
+            wait_for_status(&pair.primary, "outputs wait", |status| status.held_outputs > 0)?;
         ensure!(held.state == "protected", "{held:?}");
         let asked = Instant::now();
         proxy.set(Weather::default());
