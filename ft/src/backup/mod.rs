@@ -45,6 +45,9 @@ use crate::{ExecutionPoint, LogPosition, PageHashes, Terms, Timing, Unequal, cli
 /// The largest log buffer that a backup agrees to.
 pub const MAX_LOG_BUFFER_BYTES: u64 = 1 << 30;
 
+/// How long a connection may take to say what it wants.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
+
 /// Reports of progress are no closer than this, so that they cost next to nothing.
 const REPORT_PERIOD: Duration = Duration::from_millis(2);
 
@@ -87,7 +90,7 @@ impl Backup {
             timing,
             connected: true,
             peer: None,
-            detector: Detector::new(now, timing.clone_timeout()),
+            detector: Detector::new(now, GREETING_TIMEOUT),
             next_heartbeat: now + timing.heartbeat(),
             peer_stamp_us: None,
             lease_base: None,

@@ -94,7 +94,10 @@ enum Command {
         /// listen_url=tcp:HOST:PORT[,tls_dir=DIR][,...]
         options: String,
     },
-    /// Protect the running VM
+    /// Protect the running VM, and make its next backup whenever one is lost
+    ///
+    /// standbys=[tcp:HOST:PORT,...] names more hosts where dyad waits for it: whichever side goes on alone
+    /// makes the next backup on one of them by itself, so name both sides' hosts.
     ///
     /// The backup's certificate must name HOST; for tls_dir and its like see ft-receive. The other keys,
     /// with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20, failure_timeout_ms=300,
@@ -110,7 +113,7 @@ enum Command {
     FtWatch(watch::Options),
     /// Hand the VM over to the backup, or, asked of the backup, take it over
     FtFailover,
-    /// Go on unprotected
+    /// Go on unprotected, and look for no backup
     FtDisable,
     /// Make certificates for the hosts of a pair, to try protection out
     ///

@@ -121,10 +121,15 @@ impl ReplayObserver for ProgressReporter {
     }
 }
 
+/// Asks for the place where a VM can be held, once a primary wants one to be; an error is for that primary.
+pub(super) type Admit = Box<dyn FnOnce() -> Result<Box<dyn BackupHost>, String> + Send>;
+
 /// State of the ft thread.
 pub(super) struct BackupSide {
     core: Core<Backup>,
-    host: Box<dyn BackupHost>,
+    /// Until a primary has asked.
+    admit: Option<Admit>,
+    host: Option<Box<dyn BackupHost>>,
     memory: Option<GuestMemory>,
     payload: Vec<u8>,
     inbox: Option<InboxSender<run_loop::Message>>,
@@ -136,13 +141,14 @@ impl BackupSide {
     pub(super) fn new(
         wire: Wire,
         config: BackupConfig,
-        host: Box<dyn BackupHost>,
+        admit: Admit,
     ) -> std::io::Result<(Self, BackupControl)> {
         let core = Core::new(Backup::new(boot_time(), config), wire, Vec::new())?;
         let control = BackupControl(core.handle.clone());
         let side = Self {
             core,
-            host,
+            admit: Some(admit),
+            host: None,
             memory: None,
             payload: Vec::new(),
             inbox: None,
@@ -216,7 +222,7 @@ impl BackupSide {
                     inbox.post(run_loop::Message::Log { bytes, received: Instant::now() });
                 }
             }
-            Action::Protected => self.host.protected(),
+            Action::Protected => self.host()?.protected(),
             Action::Claim { pair, generation, who } => {
                 if let Some(arbiter) = &self.arbiter {
                     self.core.claim(arbiter, pair, generation, who);
@@ -227,9 +233,14 @@ impl BackupSide {
                 if let Some(inbox) = &self.inbox {
                     inbox.send(run_loop::Message::Command(Command::Halt));
                 }
-                self.host.discarded(&reason);
+                if let Some(host) = &mut self.host {
+                    host.discarded(&reason);
+                }
             }
-            Action::Changed { state, reason } => self.host.changed(state, reason.as_deref()),
+            Action::Changed { state, reason } => match &mut self.host {
+                Some(host) => host.changed(state, reason.as_deref()),
+                None => log::info!("connection {state}: {}", reason.unwrap_or_default()),
+            },
         }
         Ok(())
     }
@@ -240,8 +251,17 @@ impl BackupSide {
             super::arbiter::verify(&terms.arbiter_url, &terms.pair, terms.generation, who)
                 .map_err(|reason| format!("it cannot use the arbiter: {reason}"))?;
         self.arbiter = Some(arbiter);
-        self.memory = Some(self.host.prepare(start)?);
+        let admit = self.admit.take().ok_or("a second VM was sent")?;
+        let host = self.host.insert(admit()?);
+        self.memory = Some(host.prepare(start)?);
         Ok(())
+    }
+
+    fn host(&mut self) -> Result<&mut dyn BackupHost, String> {
+        match &mut self.host {
+            Some(host) => Ok(&mut **host),
+            None => Err("there is no VM".into()),
+        }
     }
 
     fn load_pages(&self, first: u64, bytes: &[u8]) -> Result<(), String> {
@@ -274,21 +294,23 @@ impl BackupSide {
             waker: self.core.handle.waker(),
         };
         let replay = Replay::new(point, Box::new(reporter));
-        self.inbox = Some(self.host.load(payload, state, replay)?);
+        self.inbox = Some(self.host()?.load(payload, state, replay)?);
         Ok(())
     }
 
     fn go_live(&mut self, generation: Generation) -> Result<(), String> {
-        let (Some(inbox), Some(terms)) = (&self.inbox, self.core.machine.terms().cloned()) else {
+        let (Some(inbox), Some(host), Some(terms)) =
+            (&self.inbox, &mut self.host, self.core.machine.terms().cloned())
+        else {
             return Err("there is no VM to go live".into());
         };
-        let outlet = self.host.outlet().ok_or("the VM is gone")?;
+        let outlet = host.outlet().ok_or("the VM is gone")?;
         let point = run_loop::ask(inbox, |done| Command::GoLive(Box::new(GoLive { outlet, done })))
             .map_err(|error| error.to_string())?;
         log::info!("live in generation {} at point {}", generation.0, point.0);
         let mut status = FtStatus::default();
         self.core.machine.status(&mut status);
-        self.host.live(&terms, status, generation);
+        host.live(&terms, status, generation);
         Ok(())
     }
 }

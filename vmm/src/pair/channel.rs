@@ -233,13 +233,18 @@ impl Link {
 mod tests {
     use std::net::TcpListener;
 
+    use std::io::Read;
+    use std::net::TcpStream;
+
+    use super::super::tls::Security;
     use super::*;
 
     #[test]
     fn a_queue_that_is_never_empty_does_not_grow() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut channel = Channel::new(stream).unwrap();
+        let wire = Wire::connecting(stream, &Security::Plain, "b").unwrap();
+        let mut channel = Channel::new(wire);
         let (mut peer, _) = listener.accept().unwrap();
         let message = Message::Payload { bytes: vec![7; 1 << 20] };
         // The socket's own buffers take some of it.

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use recording::{guest, record, replay, run};
 use tempfile::NamedTempFile;
 use virtio_devices::block::back::{BlockBack, BlockOptions, Faults, Step, StepKind, Verdict};
+use virtio_devices::net::Offloads;
 use virtio_devices::{BlockRequest, BlockStatus};
 use vmm::boot::{BootFile, Payload};
 use vmm::config::{ConsoleMode, DiskConfig, VmConfig};
@@ -137,6 +138,8 @@ impl Outlet for OneDisk {
         self.disk.submit(request);
     }
     fn frames(&self, _device: u8, _frames: &[Vec<u8>]) {}
+    fn frames_taken(&self, _device: u8) {}
+    fn set_offloads(&self, _device: u8, _offloads: Offloads) {}
     fn console(&self, _device: u8, _bytes: &[u8]) {}
     fn serial(&self, bytes: &[u8]) {
         self.serial.lock().unwrap().extend(bytes);

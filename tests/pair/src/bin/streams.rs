@@ -32,7 +32,7 @@ fn main() -> Result<()> {
         }
     }
     let primary = lab.start(Side::A, &arguments)?;
-    let mut pair = Pair { lab, primary, backup: None, side: Side::A };
+    let mut pair = Pair { lab, primary, backup: None, side: Side::A, timing: None };
     pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
     measure(&pair, "alone", bytes)?;
     pair.protect()?;
