@@ -161,11 +161,19 @@ struct Pipe {
     random: StdRng,
 }
 
-/// Pieces under way, and whether more will come.
+/// What is under way in one direction.
 #[derive(Default)]
 struct Queue {
-    pieces: Mutex<(VecDeque<(Instant, Vec<u8>)>, bool)>,
+    pieces: Mutex<Pieces>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct Pieces {
+    /// Each with the moment at which it arrives.
+    waiting: VecDeque<(Instant, Vec<u8>)>,
+    /// No more will come.
+    ended: bool,
 }
 
 impl Pipe {
@@ -197,13 +205,13 @@ impl Pipe {
             // TCP delivers in order: what follows a late piece waits for it.
             latest = latest.max(Instant::now() + self.lateness());
             let mut pieces = queue.pieces.lock().unwrap_or_else(PoisonError::into_inner);
-            while pieces.0.len() >= UNDER_WAY {
+            while pieces.waiting.len() >= UNDER_WAY {
                 pieces = queue.changed.wait(pieces).unwrap_or_else(PoisonError::into_inner);
             }
             if count == 0 {
-                pieces.1 = true;
+                pieces.ended = true;
             } else {
-                pieces.0.push_back((latest, piece));
+                pieces.waiting.push_back((latest, piece));
             }
             queue.changed.notify_all();
             if count == 0 {
@@ -225,11 +233,11 @@ fn write(mut to: TcpStream, queue: &Queue, direction: Direction, shared: &Shared
         let (due, piece) = {
             let mut pieces = queue.pieces.lock().unwrap_or_else(PoisonError::into_inner);
             loop {
-                if let Some(next) = pieces.0.pop_front() {
+                if let Some(next) = pieces.waiting.pop_front() {
                     queue.changed.notify_all();
                     break next;
                 }
-                if pieces.1 {
+                if pieces.ended {
                     let _ = to.shutdown(Shutdown::Write);
                     return;
                 }
@@ -241,7 +249,7 @@ fn write(mut to: TcpStream, queue: &Queue, direction: Direction, shared: &Shared
         if to.write_all(&piece).is_err() {
             // The reader must not wait for room that nobody makes.
             let mut pieces = queue.pieces.lock().unwrap_or_else(PoisonError::into_inner);
-            pieces.0.clear();
+            pieces.waiting.clear();
             queue.changed.notify_all();
             return;
         }

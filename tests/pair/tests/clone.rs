@@ -9,6 +9,7 @@ use pair_tests::lab::Lab;
 use pair_tests::pair::{CHANGE, Pair, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
