@@ -81,6 +81,7 @@ impl Fault {
     ///
     /// If two sides live, none does, or the client waits in vain.
     pub fn strike(self, pair: &mut Pair, proxy: &Proxy, load: &Load) -> Result<()> {
+        let before = pair.status()?.generation;
         match self {
             Self::PrimaryKilled => killed(pair, load, Death::Process)?,
             Self::PrimaryHostDead => killed(pair, load, Death::Host)?,
@@ -89,19 +90,19 @@ impl Fault {
                 pair.wait_until_alone()?;
             }
             Self::PrimaryAsleep => primary_asleep(pair, load)?,
-            Self::BackupAsleep => backup_asleep(pair, load)?,
+            Self::BackupAsleep => backup_asleep(pair, load, before)?,
             Self::LinkDead => {
                 pair.lab.network.set_logging_link(Side::A, false)?;
-                let _loser = settle(pair)?;
+                let _loser = settle(pair, before)?;
                 progress(load, SOME)?;
                 pair.lab.network.set_logging_link(Side::A, true)?;
                 progress(load, SOME)?;
             }
-            Self::LinkDeadToBackup => one_way(pair, load, pair.side.other())?,
-            Self::LinkDeadToPrimary => one_way(pair, load, pair.side)?,
+            Self::LinkDeadToBackup => one_way(pair, load, pair.side.other(), before)?,
+            Self::LinkDeadToPrimary => one_way(pair, load, pair.side, before)?,
             Self::ConnectionCut => {
                 proxy.cut();
-                let _loser = settle(pair)?;
+                let _loser = settle(pair, before)?;
             }
             Self::SlowLinkThenKilled => {
                 proxy.set(slow());
@@ -118,7 +119,7 @@ impl Fault {
             }
             Self::TakeOver => {
                 pair.backup.as_ref().context("there is no backup")?.api().put("ft.failover")?;
-                let _old = settle(pair)?;
+                let _old = settle(pair, before)?;
             }
         }
         progress(load, SOME)?;
@@ -163,20 +164,20 @@ fn primary_asleep(pair: &mut Pair, load: &Load) -> Result<()> {
     wait_for_status(&old, "halted", |status| status.state == "halted").map(drop)
 }
 
-fn backup_asleep(pair: &mut Pair, load: &Load) -> Result<()> {
+fn backup_asleep(pair: &mut Pair, load: &Load, before: u64) -> Result<()> {
     let backup = pair.backup.take().context("there is no backup")?;
     backup.signal(Signal::SIGSTOP)?;
     pair.wait_until_alone()?;
     progress(load, SOME)?;
     backup.signal(Signal::SIGCONT)?;
-    let status = wait_for_status(&backup, "gives up", gave_up)?;
+    let status = wait_for_status(&backup, "gives up", |status| gave_up(status, before))?;
     ensure!(status.last_failover.is_none(), "it went live: {status:?}");
     Ok(())
 }
 
-fn one_way(pair: &mut Pair, load: &Load, to: Side) -> Result<()> {
+fn one_way(pair: &mut Pair, load: &Load, to: Side, before: u64) -> Result<()> {
     pair.lab.network.lose_frames_to(to, true)?;
-    let _loser = settle(pair)?;
+    let _loser = settle(pair, before)?;
     progress(load, SOME)?;
     pair.lab.network.lose_frames_to(to, false)
 }
@@ -194,27 +195,33 @@ fn arbiter_gone(pair: &mut Pair, load: &Load) -> Result<()> {
     pair.wait_until_alone().map(drop)
 }
 
-fn gave_up(status: &FtStatus) -> bool {
-    matches!(status.state.as_str(), "halted" | "listening" | "discarded")
+/// Whether this side lives in a generation after `before`.
+fn lives(status: &FtStatus, before: u64) -> bool {
+    status.generation > before && matches!(status.role.as_str(), "alone" | "primary")
 }
 
-/// After a fault between the hosts: waits until one side runs alone and the other has given up for good, and
-/// makes the live one the pair's primary. Returns the other.
+/// Whether this side will not go live in the generation `before`; it may be a new backup already, or the one of
+/// a survivor that found it again.
+fn gave_up(status: &FtStatus, before: u64) -> bool {
+    matches!(status.state.as_str(), "halted" | "listening" | "discarded")
+        || (status.role == "backup" && status.generation != before)
+}
+
+/// After a fault between the hosts: waits until one side lives on in the next generation and the other has
+/// given up for good, and makes the live one the pair's primary. Returns the other.
 ///
 /// # Errors
 ///
 /// If both live, or it does not come to that within [`CHANGE`].
-pub fn settle(pair: &mut Pair) -> Result<Vmm> {
-    let lives = |status: &FtStatus| status.role == "alone" || status.state == "alone";
+pub fn settle(pair: &mut Pair, before: u64) -> Result<Vmm> {
     let backup = pair.backup.as_ref().context("there is no backup")?;
     let backup_lives = eventually(CHANGE, "one side lives, the other has given up", || {
         let (one, other) = (pair.primary.ft_status()?, backup.ft_status()?);
-        ensure!(!(lives(&one) && lives(&other)), "both live: {one:?} and {other:?}");
-        Ok(match (lives(&one) && gave_up(&other), gave_up(&one) && lives(&other)) {
-            (true, _) => Some(false),
-            (_, true) => Some(true),
-            _ => None,
-        })
+        let both = lives(&one, before) && lives(&other, before);
+        ensure!(!both, "both live: {one:?} and {other:?}");
+        let primary_lives = lives(&one, before) && gave_up(&other, before);
+        let backup_lives = lives(&other, before) && gave_up(&one, before);
+        Ok((primary_lives || backup_lives).then_some(backup_lives))
     })?;
     if backup_lives {
         pair.change_sides()

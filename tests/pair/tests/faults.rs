@@ -90,55 +90,72 @@ fn ten_faults_at_random() -> Result<()> {
     Ok(())
 }
 
-/// Weather in which the copy stays in one phase, and that phase's name.
-fn phases() -> [(&'static str, Weather); 4] {
-    let clear = Weather::default();
-    [
-        ("greeting", Weather { mute: true, ..clear }),
-        ("copying", Weather { rate: Some(1 << 20), ..clear }),
-        ("settling", clear),
-        ("protected", clear),
-    ]
+/// Where the making of a backup can be held up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The primary has connected and is not answered.
+    Greeting,
+    /// Memory goes over, slowly.
+    Copying,
+    /// Memory is over, and the backup's word that it is does not arrive.
+    Unanswered,
+    /// It counts.
+    Protected,
 }
+
+const PHASES: [Phase; 4] = [Phase::Greeting, Phase::Copying, Phase::Unanswered, Phase::Protected];
 
 /// Begins to protect through `proxy`, and returns once the primary is in `phase`; the call of `ft.enable`
 /// goes on in a thread, since it may never be answered.
-fn enter_phase(pair: &mut Pair, proxy: &Proxy, phase: &str, weather: Weather) -> Result<()> {
-    proxy.set(weather);
+fn enter(phase: Phase, pair: &mut Pair, proxy: &Proxy) -> Result<()> {
+    let clear = Weather::default();
+    let mute = Weather { mute: true, ..clear };
+    proxy.set(match phase {
+        Phase::Greeting => mute,
+        Phase::Copying | Phase::Unanswered => Weather { rate: Some(8 << 20), ..clear },
+        Phase::Protected => clear,
+    });
     let other = pair.side.other();
     let backup = pair.lab.start(other, &[])?;
     let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
     pair.backup = Some(backup);
-    let arbiter_url = format!("file:{}", pair.lab.claims().display());
-    let enable = through(proxy, json!({ "arbiter_url": arbiter_url }));
+    let enable = through(proxy, json!({ "arbiter_url": pair.lab.arbiter_url }));
     let api = pair.primary.api().clone();
     // Its answer is a refusal when the story kills the backup, and an error when it kills the primary.
     std::thread::spawn(move || api.put_json("ft.enable", &enable));
-    if phase == "greeting" {
+    let state = |state: &'static str| {
+        wait_for_status(&pair.primary, state, |status| status.state == state).map(drop)
+    };
+    match phase {
         // The API serves one call at a time, and this one waits for an answer that does not come.
-        return eventually(CHANGE, "the primary connects", || {
-            Ok(proxy.connections().ge(&1).then_some(()))
-        });
+        Phase::Greeting => eventually(CHANGE, "the primary connects", || {
+            Ok((proxy.connections() > 0).then_some(()))
+        }),
+        Phase::Copying => state("copying"),
+        Phase::Unanswered => {
+            state("copying")?;
+            proxy.set(mute);
+            wait_for_status(&pair.primary, "everything sent", |status| {
+                status.clone.as_ref().is_some_and(|clone| clone.sent_bytes > 0)
+            })
+            .map(drop)
+        }
+        Phase::Protected => state("protected"),
     }
-    if phase == "settling" {
-        // What the backup says once it has loaded the copy does not arrive.
-        wait_for_status(&pair.primary, "copying", |status| status.state != "unprotected")?;
-        proxy.set(Weather { mute: true, ..weather });
-    }
-    wait_for_status(&pair.primary, phase, |status| status.state == phase)?;
-    Ok(())
 }
 
 #[test]
 fn a_backup_killed_in_any_phase_of_the_copy_costs_nothing() -> Result<()> {
     story("backup killed during ft.enable", |pair, load| {
-        for (phase, weather) in phases() {
+        for phase in PHASES {
             let proxy = proxy(pair, 3)?;
-            enter_phase(pair, &proxy, phase, weather).with_context(|| phase.to_owned())?;
+            enter(phase, pair, &proxy).with_context(|| format!("{phase:?}"))?;
             pair.kill_backup()?;
             proxy.set(Weather::default());
-            pair.wait_until_alone().with_context(|| format!("after a kill while {phase}"))?;
+            pair.wait_until_alone().with_context(|| format!("after a kill: {phase:?}"))?;
+            // It would look for this backup again.
+            pair.primary.api().put("ft.disable").or_else(|_| pair.wait_until_alone().map(drop))?;
             progress(load, 10)?;
         }
         pair.protect().map(drop)
@@ -147,19 +164,19 @@ fn a_backup_killed_in_any_phase_of_the_copy_costs_nothing() -> Result<()> {
 
 #[test]
 fn a_primary_killed_before_protection_takes_its_vm_along() -> Result<()> {
-    for (phase, weather) in phases().into_iter().filter(|(phase, _)| *phase != "protected") {
+    for phase in PHASES.into_iter().filter(|phase| *phase != Phase::Protected) {
         if !met("primary killed during ft.enable", &NEEDS) {
             return Ok(());
         }
         let mut pair = Pair::boot(Lab::new()?)?;
         let proxy = proxy(&pair, 4)?;
-        enter_phase(&mut pair, &proxy, phase, weather).with_context(|| pair.describe())?;
+        enter(phase, &mut pair, &proxy).with_context(|| pair.describe())?;
         pair.primary.kill()?;
         proxy.set(Weather::default());
         let backup = pair.backup.take().context("no backup")?;
         let status =
             wait_for_status(&backup, "waits for the next", |status| status.state == "listening")
-                .with_context(|| format!("killed while {phase}"))?;
+                .with_context(|| format!("killed: {phase:?}"))?;
         ensure!(status.last_failover.is_none(), "a copy that never counted went live: {status:?}");
         ensure!(backup.state().is_err(), "it still has a VM");
         pair.lab.disk.check()?;
