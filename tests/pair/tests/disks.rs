@@ -50,6 +50,7 @@ fn a_primary_restarted_from_its_command_line_is_refused() -> Result<()> {
     // The lock goes with the process that held it, however it ended.
     let answers = load.stop()?;
     pair.primary.kill()?;
+    pair.lab.disk.check()?;
     let verdict = Verdict::of(&answers, &pair.lab.disk.ledger()?);
     ensure!(verdict.is_clean(), "{verdict:?}");
     let mut again = pair.lab.start(pair.side, &command_line)?;

@@ -17,6 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PAGE_BYTES: usize = 4096;
 /// Size of the guest's memory, which lies in one piece below the 32-bit hole.
 const MEMORY_BYTES: u64 = 256 << 20;
+/// What the firmware's tables begin with, and where they are in the guest's memory.
+const RSDP: &[u8; 8] = b"RSD PTR ";
+const RSDP_ADDRESS: u64 = 0xe_0000;
 /// What fills the page that the guest keeps writing, but for its first bytes.
 const FILL: u8 = b'Q';
 /// Where the guest writes no more.
@@ -32,17 +35,25 @@ impl GuestRam {
     /// Finds it in the process `pid`.
     fn of(pid: u32) -> Result<Self> {
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
-        let mut found = maps.lines().filter_map(|line| {
+        let path = format!("/proc/{pid}/mem");
+        let memory = File::options().read(true).write(true).open(&path).context(path)?;
+        // The kernel may show it as one with a neighbour, before it or behind it.
+        let candidates = maps.lines().filter_map(|line| {
             let (start, rest) = line.split_once('-')?;
             let (end, rest) = rest.split_once(' ')?;
             let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).ok());
-            let (start, bytes) = (start?, end? - start?);
-            (rest.starts_with("rw-p") && bytes == MEMORY_BYTES).then_some(start)
+            let (start, end) = (start?, end?);
+            let large = end - start >= MEMORY_BYTES && rest.starts_with("rw-p");
+            large.then_some([start, end.saturating_sub(MEMORY_BYTES)])
         });
-        let start = found.next().with_context(|| format!("no guest memory in:\n{maps}"))?;
-        ensure!(found.next().is_none(), "several could be the guest's memory:\n{maps}");
-        let path = format!("/proc/{pid}/mem");
-        let memory = File::options().read(true).write(true).open(&path).context(path)?;
+        let mut signature = [0; RSDP.len()];
+        let start = candidates
+            .flatten()
+            .find(|start| {
+                let read = memory.read_exact_at(&mut signature, start + RSDP_ADDRESS);
+                read.is_ok() && signature == *RSDP
+            })
+            .with_context(|| format!("no guest memory in:\n{maps}"))?;
         Ok(Self { memory, start })
     }
 
