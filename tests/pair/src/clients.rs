@@ -10,7 +10,9 @@ pub mod web;
 
 use crate::lab::Lab;
 use crate::network::GUEST;
+use crate::patience::eventually;
 use anyhow::{Context, Result};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -18,21 +20,24 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Lab {
-    /// A connection to a port of the guest from where clients are.
+    /// A connection to a port of the guest from where clients are, as soon as its service listens.
     ///
     /// # Errors
     ///
-    /// If nobody listens there.
+    /// If nobody listens there within a minute.
     pub fn connect(&self, port: u16) -> Result<TcpStream> {
         let address = SocketAddr::new(GUEST.parse()?, port);
-        let stream = self.network.switch.run(move || -> std::io::Result<TcpStream> {
-            let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-            stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
-            Ok(stream)
+        let stream = eventually(PATIENCE, &format!("a connection to {address}"), || {
+            let connect = move || TcpStream::connect_timeout(&address, PATIENCE);
+            match self.network.switch.run(connect)? {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(None),
+                result => result.map(Some).with_context(|| format!("no connection to {address}")),
+            }
         })?;
-        stream.with_context(|| format!("no connection to {address}"))
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(stream)
     }
 }
 

@@ -92,10 +92,10 @@ impl Fault {
             Self::PrimaryAsleep => primary_asleep(pair, load)?,
             Self::BackupAsleep => backup_asleep(pair, load, before)?,
             Self::LinkDead => {
-                pair.lab.network.set_logging_link(Side::A, false)?;
+                pair.lab.network.set_link_between_hosts(false)?;
                 let _loser = settle(pair, before)?;
                 progress(load, SOME)?;
-                pair.lab.network.set_logging_link(Side::A, true)?;
+                pair.lab.network.set_link_between_hosts(true)?;
                 progress(load, SOME)?;
             }
             Self::LinkDeadToBackup => one_way(pair, load, pair.side.other(), before)?,

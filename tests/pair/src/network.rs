@@ -155,16 +155,6 @@ impl Network {
     pub fn set_links(&self, side: Side, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         self.host(side).ip(&format!("link set uplink {state}"))?;
-        self.set_logging_link(side, up)
-    }
-
-    /// Pulls or plugs a host's end of the cable between the hosts; clients do not notice.
-    ///
-    /// # Errors
-    ///
-    /// If `ip` refuses.
-    pub fn set_logging_link(&self, side: Side, up: bool) -> Result<()> {
-        let state = if up { "up" } else { "down" };
         self.host(side).ip(&format!("link set ft0 {state}"))
     }
 

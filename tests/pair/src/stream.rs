@@ -4,12 +4,11 @@
 //! small guest [`SERVE`] starts them; in the one with programs `dyad.start=streams` does.
 
 use crate::lab::Lab;
-use crate::network::GUEST;
 use crate::pair::CHANGE;
 use crate::patience::eventually;
 use anyhow::{Context, Result, anyhow, ensure};
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -28,17 +27,6 @@ const ECHO: u16 = 7203;
 
 /// Bytes read or written at once.
 const PIECE: usize = 64 << 10;
-
-fn connect(lab: &Lab, port: u16) -> Result<TcpStream> {
-    let address = SocketAddr::new(GUEST.parse()?, port);
-    let stream = eventually(CHANGE, "the guest serves streams", || {
-        let connected = lab.network.switch.run(move || TcpStream::connect(address))?;
-        Ok(connected.ok())
-    })?;
-    stream.set_read_timeout(Some(CHANGE))?;
-    stream.set_write_timeout(Some(CHANGE))?;
-    Ok(stream)
-}
 
 /// The byte at a place in a stream: no stretch of it looks like its neighbours.
 fn byte_at(place: u64) -> u8 {
@@ -66,7 +54,7 @@ impl Echo {
     ///
     /// If the guest does not answer.
     pub fn start(lab: &Lab) -> Result<Self> {
-        let stream = connect(lab, ECHO)?;
+        let stream = lab.connect(ECHO)?;
         let other = stream.try_clone()?;
         let (back, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (count, flag) = (Arc::clone(&back), Arc::clone(&stop));
@@ -161,7 +149,7 @@ impl Rate {
 ///
 /// If the connection breaks.
 pub fn measure_receive(lab: &Lab, bytes: u64) -> Result<Rate> {
-    let mut stream = connect(lab, SINK)?;
+    let mut stream = lab.connect(SINK)?;
     let start = Instant::now();
     let (piece, mut sent) = (vec![0; PIECE], 0);
     while sent < bytes {
@@ -180,7 +168,7 @@ pub fn measure_receive(lab: &Lab, bytes: u64) -> Result<Rate> {
 ///
 /// If the connection breaks.
 pub fn measure_transmit(lab: &Lab, bytes: u64) -> Result<Rate> {
-    let mut stream = connect(lab, SOURCE)?;
+    let mut stream = lab.connect(SOURCE)?;
     let start = Instant::now();
     let (mut piece, mut read) = (vec![0; PIECE], 0);
     while read < bytes {
