@@ -120,8 +120,14 @@ impl Pair {
         let (backup, listen) = self.start_standby(receive)?;
         self.backup = Some(backup);
         let started = Instant::now();
-        // A live side that looks for a backup finds it without being asked.
-        if self.status()?.reprotection.is_none_or(|search| search.state == "no standby") {
+        // A live side that looks for a backup finds it without being asked, unless it is to be elsewhere now.
+        let search = self.status()?.reprotection;
+        let searches = search.is_some_and(|search| search.state != "no standby");
+        let elsewhere = more.get("backup_url").is_some();
+        if searches && elsewhere {
+            self.primary.api().put("ft.disable")?;
+        }
+        if !searches || elsewhere {
             let mut enable = json!({
                 "backup_url": listen,
                 "arbiter_url": self.lab.arbiter_url,
