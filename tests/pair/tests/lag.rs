@@ -20,37 +20,35 @@ use std::time::{Duration, Instant};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 const MAX_LAG_MS: u64 = 100;
-/// Longer than this the lag must not stay above its bound.
-const MOMENT: Duration = Duration::from_millis(500);
+/// Longer than this the lag must not stay above its bound: what lay in front of the backup when it became
+/// slower has to be executed at its new speed.
+const MOMENT: Duration = Duration::from_secs(1);
 
-/// Threads that leave a processor little time for anybody else.
-struct Hogs {
+/// A thread that wants a processor for itself.
+struct Hog {
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
-impl Hogs {
-    fn start(count: usize, cpu: usize) -> Self {
+impl Hog {
+    fn start(cpu: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let spin = |_| {
-            let stop = Arc::clone(&stop);
-            std::thread::spawn(move || {
-                pin_thread(0, cpu).expect("a thread may choose its processor");
-                while !stop.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
-                }
-            })
+        let of_thread = Arc::clone(&stop);
+        let spin = move || {
+            pin_thread(0, cpu).expect("a thread may choose its processor");
+            while !of_thread.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
         };
-        Self { threads: (0..count).map(spin).collect(), stop }
+        Self { stop, thread: Some(std::thread::spawn(spin)) }
     }
 }
 
-impl Drop for Hogs {
+impl Drop for Hog {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        let ended = self.thread.take().map(JoinHandle::join);
+        assert!(ended.is_none_or(|ended| ended.is_ok()) || std::thread::panicking());
     }
 }
 
@@ -93,7 +91,7 @@ fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> R
     let backup = pair.backup.as_ref().context("there is no backup")?;
     pin_process(pair.primary.pid(), 0)?;
     pin_process(backup.pid(), 1)?;
-    let hogs = Hogs::start(2, 1);
+    let hog = Hog::start(1);
     wait_for_status(&pair.primary, "slowed down", |status| status.throttle > 0.2)?;
 
     let until = Instant::now() + Duration::from_secs(8);
@@ -112,7 +110,7 @@ fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> R
     println!("at most {most_ms} ms behind, above {MAX_LAG_MS} ms for {longest:?} at a time");
     ensure!(longest < MOMENT, "{longest:?} above {MAX_LAG_MS} ms, up to {most_ms} ms");
 
-    drop(hogs);
+    drop(hog);
     wait_for_status(&pair.primary, "at full speed again", |status| status.throttle == 0.0)?;
     // Under a load that takes its time it stays so.
     let load = pair.lab.load(Options::new(pair.lab.service()?, "lag"))?;
