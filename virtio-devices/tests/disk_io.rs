@@ -389,6 +389,9 @@ fn closing_waits_for_all_that_is_under_way_and_lets_nothing_begin() {
                 closed.send(()).unwrap();
             }
         });
+        while valve.admits() {
+            std::thread::yield_now();
+        }
         disk.submit(write(48, 2, 8));
         assert!(is_closed.try_recv().is_err(), "requests are under way");
         gate.open();

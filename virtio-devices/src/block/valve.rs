@@ -104,7 +104,8 @@ impl Valve {
     }
 
     /// Whether I/O may begin now.
-    pub(super) fn admits(&self) -> bool {
+    #[must_use]
+    pub fn admits(&self) -> bool {
         self.flow.load(SeqCst) == OPEN && !self.lease_is_over()
     }
 
