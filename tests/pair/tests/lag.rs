@@ -1,10 +1,8 @@
-//! A backup that cannot keep up: the primary waits for it, no more than it must, and shows that it does.
+//! A log that the backup does not take: the primary waits for it, and shows that it does.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 use pair_tests::faults::{proxy, through};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
@@ -13,58 +11,8 @@ use pair_tests::patience::eventually;
 use pair_tests::proxy::Weather;
 use pair_tests::requirements::{Need, met};
 use serde_json::json;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
-const MAX_LAG_MS: u64 = 100;
-/// Longer than this the lag must not stay above its bound: what lay in front of the backup when it became
-/// slower has to be executed at its new speed.
-const MOMENT: Duration = Duration::from_secs(1);
-
-/// A thread that wants a processor for itself.
-struct Hog {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Hog {
-    fn start(cpu: usize) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let of_thread = Arc::clone(&stop);
-        let spin = move || {
-            pin_thread(0, cpu).expect("a thread may choose its processor");
-            while !of_thread.load(Ordering::Relaxed) {
-                std::hint::spin_loop();
-            }
-        };
-        Self { stop, thread: Some(std::thread::spawn(spin)) }
-    }
-}
-
-impl Drop for Hog {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let ended = self.thread.take().map(JoinHandle::join);
-        assert!(ended.is_none_or(|ended| ended.is_ok()) || std::thread::panicking());
-    }
-}
-
-fn pin_thread(thread: i32, cpu: usize) -> nix::Result<()> {
-    let mut cpus = CpuSet::new();
-    cpus.set(cpu)?;
-    sched_setaffinity(Pid::from_raw(thread), &cpus)
-}
-
-fn pin_process(pid: u32, cpu: usize) -> Result<()> {
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let name = task?.file_name();
-        pin_thread(name.to_string_lossy().parse()?, cpu)?;
-    }
-    Ok(())
-}
 
 fn finish(pair: Pair, load: Load) -> Result<()> {
     let answers = load.stop()?;
@@ -72,50 +20,6 @@ fn finish(pair: Pair, load: Load) -> Result<()> {
     let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
     ensure!(verdict.is_clean(), "{verdict:?}");
     Ok(())
-}
-
-#[test]
-fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> Result<()> {
-    if !met("backup with a busy processor", &NEEDS) {
-        return Ok(());
-    }
-    let processors = std::thread::available_parallelism()?.get();
-    if processors < 2 {
-        eprintln!("SKIPPED backup with a busy processor: this machine has one");
-        return Ok(());
-    }
-    let mut pair = Pair::boot(Lab::new()?)?;
-    pair.protect_with(&json!({}), &json!({ "max_lag_ms": MAX_LAG_MS }))?;
-    // The guest computes without an end, so that a backup with less time falls behind at once.
-    pair.primary.console.run("(while :; do :; done) & true", CHANGE)?;
-    let backup = pair.backup.as_ref().context("there is no backup")?;
-    pin_process(pair.primary.pid(), 0)?;
-    pin_process(backup.pid(), 1)?;
-    let hog = Hog::start(1);
-    wait_for_status(&pair.primary, "slowed down", |status| status.throttle > 0.2)?;
-
-    let until = Instant::now() + Duration::from_secs(8);
-    let (mut above_since, mut longest, mut most_ms) = (None, Duration::ZERO, 0);
-    while Instant::now() < until {
-        let status = pair.status()?;
-        ensure!(status.state == "protected", "{status:?}");
-        most_ms = most_ms.max(status.lag_us / 1000);
-        if status.lag_us <= MAX_LAG_MS * 1000 {
-            above_since = None;
-        } else {
-            let since: Instant = *above_since.get_or_insert_with(Instant::now);
-            longest = longest.max(since.elapsed());
-        }
-    }
-    println!("at most {most_ms} ms behind, above {MAX_LAG_MS} ms for {longest:?} at a time");
-    ensure!(longest < MOMENT, "{longest:?} above {MAX_LAG_MS} ms, up to {most_ms} ms");
-
-    drop(hog);
-    wait_for_status(&pair.primary, "at full speed again", |status| status.throttle == 0.0)?;
-    // Under a load that takes its time it stays so.
-    let load = pair.lab.load(Options::new(pair.lab.service()?, "lag"))?;
-    progress(&load, 20)?;
-    finish(pair, load)
 }
 
 #[test]
