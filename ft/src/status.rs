@@ -37,6 +37,8 @@ pub struct FtStatus {
     pub held_output_bytes: u64,
     /// Fraction of CPU time taken from the primary.
     pub throttle: f64,
+    /// Time taken so far.
+    pub throttled_us: u64,
     /// Whether the primary stands still because buffers are full.
     pub stalled: bool,
     /// How often it did.

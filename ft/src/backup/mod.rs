@@ -49,7 +49,7 @@ pub const MAX_LOG_BUFFER_BYTES: u64 = 1 << 30;
 const GREETING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Reports of progress are no closer than this, so that they cost next to nothing.
-const REPORT_PERIOD: Duration = Duration::from_millis(2);
+const REPORT_PERIOD: Duration = Duration::from_millis(5);
 
 /// The backup's state machine.
 #[derive(Clone, Debug)]

@@ -234,6 +234,7 @@ impl Primary {
         if self.state.logs() {
             self.lag.appended(now, end, point);
             actions.push(Action::Send(Message::Log { position, bytes }));
+            self.beat_soon(now, actions);
         } else if !self.state.claiming() {
             return Err(self.illegal("Log"));
         }
@@ -303,7 +304,18 @@ impl Primary {
         {
             actions.push(Action::Throttle(throttle));
         }
-        if self.connected && now >= self.next_heartbeat && !self.ended() {
+        self.beat_if_due(now, now, actions);
+    }
+
+    /// A heartbeat that is due soon goes along with what is being sent: it wakes nobody by itself then, here
+    /// nor there.
+    fn beat_soon(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        self.beat_if_due(now, now + self.config.terms.timing.heartbeat() / 2, actions);
+    }
+
+    /// Sends a heartbeat if it is due at `by`.
+    fn beat_if_due(&mut self, now: Duration, by: Duration, actions: &mut Vec<Action>) {
+        if self.connected && by >= self.next_heartbeat && !self.ended() {
             self.next_heartbeat = now + self.config.terms.timing.heartbeat();
             actions.push(Action::Send(Message::Heartbeat {
                 stamp_us: micros(now),

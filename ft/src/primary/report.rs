@@ -42,6 +42,7 @@ impl Primary {
         status.lag_us = if self.ended() { 0 } else { micros(self.lag.lag(now)) };
         status.lag = self.lag.lags();
         status.throttle = if self.ended() { 0.0 } else { self.lag.throttle() };
+        status.throttled_us = micros(self.lag.taken());
         status.stalled = self.stalled;
         status.stalls = self.stalls;
         status.digests_compared = self.digests_compared;

@@ -5,7 +5,9 @@
 
 use ft::{FtStatus, Percentiles};
 use prometheus::core::Collector;
-use prometheus::{Gauge, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Counter, Gauge, GaugeVec, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 use super::control::{Counters, VmState};
 
@@ -77,6 +79,12 @@ impl Page {
         let throttle_help =
             "Part of its time that the guest gives away so that the backup keeps up";
         self.float("dyad_ft_throttle_ratio", throttle_help, status.throttle)?;
+        let throttled_help = "Time that the guest gave away";
+        self.seconds_counter(
+            "dyad_ft_throttled_seconds_total",
+            throttled_help,
+            status.throttled_us,
+        )?;
         self.flag("dyad_ft_stalled", "1 while the guest waits for full buffers", status.stalled)?;
         self.counter("dyad_ft_stalls_total", "Times that it had to", status.stalls)?;
         let compared_help = "Digests of both sides compared";
@@ -151,6 +159,12 @@ impl Page {
     fn counter(&self, name: &str, help: &str, value: u64) -> prometheus::Result<()> {
         let counter = IntCounter::new(name, help)?;
         counter.inc_by(value);
+        self.add(counter)
+    }
+
+    fn seconds_counter(&self, name: &str, help: &str, us: u64) -> prometheus::Result<()> {
+        let counter = Counter::new(name, help)?;
+        counter.inc_by(seconds(us));
         self.add(counter)
     }
 

@@ -11,6 +11,8 @@ use ft::{FrameReader, Message};
 
 use super::wire::Wire;
 
+/// Bytes queued that do not wait for [`Channel::flush`].
+const CORK_BYTES: usize = 64 << 10;
 /// Bytes written that are not worth moving the rest for.
 const FORGET_BYTES: usize = 1 << 20;
 
@@ -63,10 +65,11 @@ impl Channel {
         Self { wire, reader: FrameReader::new(), output: Vec::new(), written: 0 }
     }
 
-    /// Queues a message and writes what the socket takes.
+    /// Queues a message, to be written by the next [`Channel::flush`]; writes what the socket takes if
+    /// much is queued.
     pub fn send(&mut self, message: &Message) -> Result<(), ChannelError> {
         message.append_frame(&mut self.output)?;
-        self.flush()
+        if self.queued() < CORK_BYTES { Ok(()) } else { self.flush() }
     }
 
     /// Writes what the wire takes of what is queued.
@@ -188,7 +191,7 @@ impl Link {
         Heard { messages, lost: self.check(ended) }
     }
 
-    /// Sends a message; tells if the channel was lost by it.
+    /// As [`Channel::send`]; tells if the channel was lost by it.
     pub fn send(&mut self, message: &Message) -> Option<String> {
         if self.unwritable {
             return None;

@@ -227,7 +227,11 @@ impl Side for PrimarySide {
                 self.inbox.send(run_loop::Message::Command(Command::HandOver));
             }
             Action::Quiesce => self.quiesce(),
-            Action::Throttle(fraction) => self.feedback.set_throttle(fraction),
+            Action::Throttle(fraction) => {
+                if self.feedback.set_throttle(fraction) {
+                    self.inbox.send(run_loop::Message::Wake);
+                }
+            }
             Action::Stall => self.log_full = true,
             Action::Unstall => self.log_full = false,
             Action::Diverged { point, unequal } => self.observer.diverged(point, &unequal),
@@ -297,10 +301,9 @@ impl PrimarySide {
             self.catch_up();
             match message {
                 FromVcpu::Flush(flush) => {
-                    let now = boot_time();
                     for held in flush.outputs {
                         let size = held.outgoing.size();
-                        self.gate.hold(now, held.number, held.position, size, held.outgoing);
+                        self.gate.hold(held.made, held.number, held.position, size, held.outgoing);
                     }
                     for (point, pages) in flush.digests {
                         self.step(Input::Digested { point, pages });
@@ -374,6 +377,8 @@ impl PrimarySide {
 
     /// Lets the guest run on unrecorded, with every output it has made released in order.
     fn stop_recording(&mut self) {
+        // The peer need not wait for what follows to hear the last word.
+        self.write();
         if let Some(clone) = self.clone.take() {
             // It may wait for room on its way; after this it either never records or has said so.
             drop(clone.way);

@@ -216,6 +216,7 @@ pub(super) trait Side {
         let mut silent_at = None;
         loop {
             self.perform();
+            self.write();
             self.update_status();
             let core = self.core();
             if core.machine.ended() {
@@ -234,7 +235,6 @@ pub(super) trait Side {
             }
             self.take();
             self.take_inward();
-            self.write();
             self.catch_up();
             self.step(Self::Machine::tick());
         }
@@ -291,6 +291,8 @@ pub(super) trait Side {
         self.lost(lost);
     }
 
+    /// Queues a message. What a round has to say leaves together at its end, for each piece wakes the
+    /// peer's thread, which runs where a guest could; only what is large does not wait for that.
     fn send(&mut self, message: &Message) {
         let lost = self.core().link.send(message);
         self.lost(lost);

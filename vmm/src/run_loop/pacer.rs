@@ -85,6 +85,12 @@ impl Pacer {
         anchor.point.saturating_add(self.quantum_instructions)
     }
 
+    /// Instructions that the guest executes in about a millisecond.
+    #[must_use]
+    pub fn quantum(&self) -> u64 {
+        self.quantum_instructions
+    }
+
     fn guest_time_at(&self, now: Instant) -> u64 {
         self.guest_origin_ns.saturating_add(nanos(now.saturating_duration_since(self.origin)))
     }

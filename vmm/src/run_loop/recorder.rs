@@ -6,12 +6,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use ft::{Digest, Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::outgoing::Outgoing;
+use crate::pair::boot_time;
 
 /// A flush comes by itself at this size, so that with the largest record it still fits a message.
 const FLUSH_BYTES: usize = 1 << 20;
@@ -47,6 +49,8 @@ pub struct HeldOutput {
     pub number: OutputNumber,
     /// The position to be acknowledged.
     pub position: LogPosition,
+    /// When the guest made it, by [`boot_time`].
+    pub made: Duration,
     /// What is to leave.
     pub outgoing: Outgoing,
 }
@@ -65,10 +69,13 @@ impl Feedback {
         self.released.store(number.0, Ordering::Release);
     }
 
-    /// The part of its time that the guest must give away, 0 to 1.
-    pub fn set_throttle(&self, fraction: f64) {
-        self.throttle_permille
-            .store((fraction.clamp(0.0, 0.95) * 1000.0) as u32, Ordering::Release);
+    /// The part of its time that the guest must give away, 0 to 1. True if it stood still until now: the
+    /// vCPU thread must be woken.
+    #[must_use]
+    pub fn set_throttle(&self, fraction: f64) -> bool {
+        let permille = (fraction.clamp(0.0, 1.0) * 1000.0).round() as u32;
+        let before = self.throttle_permille.swap(permille, Ordering::AcqRel);
+        before == 1000 && permille < 1000
     }
 
     /// Stops the guest because the log buffers are full, or lets it go on; after the latter the vCPU
@@ -138,7 +145,8 @@ impl Recorder {
         let number = self.next_output;
         self.next_output = OutputNumber(number.0 + 1);
         self.record(point, &Entry::Output { number });
-        self.outputs.push(HeldOutput { number, position: self.encoder.position(), outgoing });
+        let (position, made) = (self.encoder.position(), boot_time());
+        self.outputs.push(HeldOutput { number, position, made, outgoing });
     }
 
     /// Tells the backup which outputs it no longer needs to keep.

@@ -23,11 +23,14 @@ pub struct Throttle {
 
 impl Throttle {
     /// The guest is about to run, `fraction` (0 to 1) of its time being taken. `Some` if it must rest first,
-    /// for so long.
+    /// for so long. At 1 it never runs: who changes the fraction then wakes the thread.
     pub fn before_run(&mut self, fraction: f64, now: impl FnOnce() -> Instant) -> Option<Duration> {
         if fraction <= 0.0 {
             *self = Self::default();
             return None;
+        }
+        if fraction >= 1.0 {
+            return Some(LONGEST_REST);
         }
         let now = now();
         let rest = self.rested_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
@@ -82,6 +85,11 @@ mod tests {
         }
         let share = share(0.999, Duration::from_micros(20), NO_TIME);
         assert!(share < 0.002, "{share}");
+    }
+
+    #[test]
+    fn at_one_it_stands_still() {
+        assert_eq!(share(1.0, Duration::from_millis(1), NO_TIME), 0.0);
     }
 
     #[test]

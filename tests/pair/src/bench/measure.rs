@@ -140,7 +140,7 @@ fn protected_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
         output_delay: after.output_delay,
         lag: after.lag,
         backup_cpu_seconds: (cpu_after - cpu).as_secs_f64(),
-        throttle: after.throttle,
+        throttle: (after.throttled_us - before.throttled_us) as f64 * 1e-6 / run.seconds,
         stalls: after.stalls,
     });
     Ok(run)

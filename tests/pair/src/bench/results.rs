@@ -80,7 +80,7 @@ pub struct Protection {
     pub lag: Percentiles,
     /// Processor time of the backup's process.
     pub backup_cpu_seconds: f64,
-    /// Fraction of processor time taken from the primary at the end.
+    /// Fraction of the time that was taken from the primary for the backup to keep up.
     pub throttle: f64,
     /// How often the primary stood still because buffers were full.
     pub stalls: u64,
