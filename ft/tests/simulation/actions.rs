@@ -33,11 +33,7 @@ impl World {
                     let delay = self.rng.range(500, 20_000);
                     self.after(delay, Happening::CloneStep { at: end, step });
                 }
-                primary::Action::Protected => {
-                    let generation = self.nodes[id].membership;
-                    self.checkers.protected(end, generation);
-                    self.search_protected(id);
-                }
+                primary::Action::Protected => self.search_protected(id),
                 primary::Action::Release { through } => {
                     self.release(id, through, true);
                 }

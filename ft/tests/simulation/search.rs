@@ -137,6 +137,7 @@ impl World {
     /// A new generation of the pair begins, if it comes to that: fresh machines on both sides.
     fn protect(&mut self, id: usize, standby: usize) {
         let ends = (self.nodes[id].end(), self.nodes[standby].end());
+        self.checkers.begins(ends.0, self.nodes[id].membership);
         let connection = self.network.connect(ends.0, ends.1);
         let peer = &mut self.nodes[standby];
         peer.connection = Some((connection, 1));

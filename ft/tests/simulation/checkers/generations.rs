@@ -21,12 +21,13 @@ impl Generations {
         self.newest
     }
 
-    /// The VM on `end` is protected in `generation`.
-    pub fn protected(&self, end: End, generation: u64) -> Verdict {
+    /// The side on `end` asks for a backup in `generation`. From then on others may live in the next before
+    /// it knows: a side that thaws may even take itself for protected, and loses.
+    pub fn begins(&self, end: End, generation: u64) -> Verdict {
         match self.newest {
             Some((newest, live)) if newest == generation && live == end => Ok(()),
             newest => Err(format!(
-                "{end:?} is protected in generation {generation}, but the newest and who lives in it are {newest:?}"
+                "{end:?} begins generation {generation}, but the newest and who lives in it are {newest:?}"
             )),
         }
     }

@@ -81,9 +81,9 @@ impl Checkers {
         self.progress.crashed(end, who);
     }
 
-    /// The VM on this side is protected in `generation`.
-    pub fn protected(&mut self, end: End, generation: u64) {
-        let verdict = self.generations.protected(end, generation);
+    /// A side asks for a backup in `generation`.
+    pub fn begins(&mut self, end: End, generation: u64) {
+        let verdict = self.generations.begins(end, generation);
         self.judge("generations", verdict);
     }
 
