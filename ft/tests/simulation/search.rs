@@ -26,8 +26,9 @@ fn address(host: usize) -> String {
     format!("tcp:host{host}:7700")
 }
 
-fn capabilities() -> Capabilities {
+fn capabilities(host: usize) -> Capabilities {
     Capabilities {
+        host: address(host),
         cpu_model: "simulated".into(),
         memory_bytes: 1 << 20,
         devices: vec!["disk".into()],
@@ -141,7 +142,7 @@ impl World {
         let connection = self.network.connect(ends.0, ends.1);
         let peer = &mut self.nodes[standby];
         peer.connection = Some((connection, 1));
-        let config = BackupConfig { who: peer.who(), capabilities: capabilities() };
+        let config = BackupConfig { who: peer.who(), capabilities: capabilities(standby) };
         let machine = Backup::new(peer.clock.now(self.t), config);
         peer.role = Role::Backup(Box::new(machine));
         let node = &mut self.nodes[id];
@@ -157,11 +158,12 @@ impl World {
                 log_buffer_bytes: 4_000,
                 arbiter_url: "file:/nowhere".into(),
                 disk_mode: DiskMode::Shared,
+                same_host: false,
                 standbys,
                 standby: address(standby),
             },
             who: node.who(),
-            capabilities: capabilities(),
+            capabilities: capabilities(id),
             vm_config: b"{}".to_vec(),
         };
         let mut actions = Vec::new();

@@ -7,6 +7,7 @@ use crate::network::{GUEST, Network, Side, TAP};
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
+use serde_json::{Value, json};
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -139,6 +140,12 @@ impl Lab {
         let options = [&certificates, options].concat();
         let vmm = Vmm::start(self.network.host(side), self.directory(), &name, &options);
         vmm.with_context(|| format!("starting dyad on {side}"))
+    }
+
+    /// The body of an `ft.enable` for a backup at `backup_url`. The hosts of a lab are namespaces of one.
+    #[must_use]
+    pub fn enable(&self, backup_url: &str) -> Value {
+        json!({ "backup_url": backup_url, "arbiter_url": self.arbiter_url, "same_host": true })
     }
 
     /// Where the guest's service is.

@@ -49,6 +49,7 @@ pub const MACHINE_MODEL: &str = "dyad-soft-1";
 #[must_use]
 pub fn capabilities() -> Capabilities {
     Capabilities {
+        host: host_identity(),
         cpu_model: MACHINE_MODEL.into(),
         memory_bytes: host_memory_bytes(),
         devices: ["virtio-blk", "virtio-net", "virtio-console", "virtio-rng", "serial"]
@@ -56,6 +57,14 @@ pub fn capabilities() -> Capabilities {
             .to_vec(),
         disk_modes: vec![DiskMode::Shared],
     }
+}
+
+/// Names this host for as long as it runs: containers and network namespaces on it have the same. Empty
+/// where the kernel does not tell.
+#[must_use]
+pub fn host_identity() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    boot.map_or_else(|_| String::new(), |boot| boot.trim().to_owned())
 }
 
 /// Physical memory of this host.
