@@ -32,6 +32,8 @@ pub struct Lab {
     pub memory: &'static str,
     /// Who decides which side may live; the directory [`Self::claims`] if nothing else was chosen.
     pub arbiter_url: String,
+    /// Raw images of more disks for the guest, after its own: `/dev/vdb` and so on.
+    pub more_disks: Vec<PathBuf>,
     /// Image of the root file system with real programs, if the guest is to have it.
     programs: Option<PathBuf>,
     directory: tempfile::TempDir,
@@ -63,6 +65,7 @@ impl Lab {
             guest,
             memory: "256M",
             arbiter_url,
+            more_disks: Vec::new(),
             programs: None,
             directory,
             started,
@@ -124,6 +127,8 @@ impl Lab {
         options.push("--disk".to_owned());
         options.push(format!("path={},image_type=raw", text(self.disk.path())));
         options.extend(programs);
+        let more = self.more_disks.iter();
+        options.extend(more.map(|image| format!("path={},image_type=raw", text(image))));
         options
     }
 
