@@ -16,7 +16,7 @@ use ft::{Arbiter, ArbiterUrl, Claim, Generation, PairId, Unreachable};
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a question waits for the answer to the one before; well within [`PATIENCE`].
 const TURN: Duration = Duration::from_secs(1);
-/// So many arbiters may owe an answer: a peer names arbiters too.
+/// While so many arbiters owe an answer, others are asked for claims only: a peer names arbiters too.
 const MAX_UNANSWERED: usize = 16;
 
 /// Announces that this process lives in `generation` and looks for a backup; see
@@ -113,7 +113,7 @@ impl OneQuestion {
         Self { url, turn: TURN, inner }
     }
 
-    fn turn(&self) -> Result<Turn<'_>, Unreachable> {
+    fn turn(&self, most: usize) -> Result<Turn<'_>, Unreachable> {
         let busy = |urls: &mut BTreeSet<String>| urls.contains(&self.url);
         let (urls, answered) = (UNANSWERED.urls(), &UNANSWERED.answered);
         let waited = answered.wait_timeout_while(urls, self.turn, busy);
@@ -126,8 +126,8 @@ impl OneQuestion {
         if busy(&mut urls) {
             return Err(refused("still waiting for the last answer".into()));
         }
-        if urls.len() >= MAX_UNANSWERED {
-            return Err(refused(format!("{MAX_UNANSWERED} others have not answered")));
+        if urls.len() >= most {
+            return Err(refused(format!("{most} others have not answered")));
         }
         urls.insert(self.url.clone());
         Ok(Turn(&self.url))
@@ -136,17 +136,17 @@ impl OneQuestion {
 
 impl Arbiter for OneQuestion {
     fn announce(&self, pair: &PairId, at: Generation, who: &str) -> Result<(), Unreachable> {
-        let _turn = self.turn()?;
+        let _turn = self.turn(MAX_UNANSWERED)?;
         self.inner.announce(pair, at, who)
     }
 
     fn verify(&self, pair: &PairId, at: Generation, who: &str) -> Result<(), Unreachable> {
-        let _turn = self.turn()?;
+        let _turn = self.turn(MAX_UNANSWERED)?;
         self.inner.verify(pair, at, who)
     }
 
     fn claim(&self, pair: &PairId, at: Generation, who: &str) -> Result<Claim, Unreachable> {
-        let _turn = self.turn()?;
+        let _turn = self.turn(usize::MAX)?;
         self.inner.claim(pair, at, who)
     }
 }
