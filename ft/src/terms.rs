@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Generation, PairId};
+use crate::{Generation, PairId, clip};
 
 /// Version of the messages and of the log. Two sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// How a protected VM's disks are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,8 @@ pub enum DiskMode {
 /// What a side needs (the primary) or has to offer (the backup).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities {
+    /// Names the host among all, for as long as it runs; empty if it is not known.
+    pub host: String,
     /// The CPU that guests see, as `soft-v1`. Must be equal.
     pub cpu_model: String,
     /// Guest memory: the primary's VM has it, the backup can give it.
@@ -57,6 +59,19 @@ impl Capabilities {
         }
         lacking
     }
+
+    /// Whether both are known to be of one host.
+    pub fn same_host(&self, other: &Capabilities) -> bool {
+        !self.host.is_empty() && self.host == other.host
+    }
+}
+
+/// What a pair on one host is told, unless its operator wants it so.
+pub(crate) fn same_host_refusal(host: &str) -> String {
+    format!(
+        "both sides are on one host ({}), so that what ends one ends the other: name a standby on another host, or, to try protection out, say same_host=on (JSON \"same_host\": true) in ft.enable",
+        clip(host)
+    )
 }
 
 /// The times that the two sides measure each other by. Chosen by the primary and sent to the backup:
@@ -217,6 +232,8 @@ pub struct Terms {
     pub arbiter_url: String,
     /// How disks are held.
     pub disk_mode: DiskMode,
+    /// Both sides may be on one host.
+    pub same_host: bool,
     /// Where backups may be made, as `tcp:HOST:PORT`: the side that goes on alone looks there for the next.
     pub standbys: Vec<String>,
     /// Which of them this backup is; it need not be its own successor.

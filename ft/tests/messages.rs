@@ -15,6 +15,7 @@ use proptest::prelude::*;
 
 fn capabilities() -> Capabilities {
     Capabilities {
+        host: "here".into(),
         cpu_model: "soft-v1".into(),
         memory_bytes: 1 << 30,
         devices: vec!["net".into(), "disk".into()],
@@ -30,6 +31,7 @@ fn terms() -> Terms {
         log_buffer_bytes: 1 << 20,
         arbiter_url: "file:/shared".into(),
         disk_mode: DiskMode::Shared,
+        same_host: true,
         standbys: vec!["tcp:a:7700".into(), "tcp:b:7700".into()],
         standby: "tcp:b:7700".into(),
     }
@@ -294,6 +296,30 @@ fn differences_are_named() {
     for word in ["soft-v2", "2147483648", "tpm", "Mirrored"] {
         assert!(lacking.contains(word), "{word} is missing in:\n{lacking}");
     }
+}
+
+#[test]
+fn one_host_is_refused_unless_the_terms_allow_it() {
+    for same_host in [false, true] {
+        let config = PrimaryConfig {
+            terms: Terms { same_host, ..terms() },
+            who: "a".into(),
+            capabilities: capabilities(),
+            vm_config: Vec::new(),
+        };
+        let mut actions = Vec::new();
+        let mut primary = Primary::new(Duration::ZERO, config, &mut actions);
+        let input = primary::Input::Message(hello("b"));
+        primary.step(Duration::ZERO, input, &mut actions).expect("a greeting is legal");
+        let has = |wanted: fn(&primary::Action) -> bool| actions.iter().any(wanted);
+        let started = |action: &primary::Action| {
+            matches!(action, primary::Action::Send(Message::CloneStart(_)))
+        };
+        let refused = |action: &primary::Action| matches!(action, primary::Action::Abandoned { reason } if reason.contains("same_host=on"));
+        assert_eq!((has(started), has(refused)), (same_host, !same_host));
+    }
+    let unknown = Capabilities { host: String::new(), ..capabilities() };
+    assert!(!unknown.same_host(&unknown), "two hosts that do not tell are not known to be one");
 }
 
 #[test]

@@ -27,7 +27,7 @@ use crate::machine::facts;
 use crate::pair::clone::CloneHeader;
 use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
 use crate::pair::wire::Wire;
-use crate::pair::{MACHINE_MODEL, arbiter, boot_time};
+use crate::pair::{MACHINE_MODEL, arbiter, boot_time, host_identity};
 use crate::run_loop::outgoing::Outlet;
 use crate::shared::{Shared, chain};
 use crate::vmm::random_hex;
@@ -50,6 +50,8 @@ pub struct Request {
     timing: Timing,
     log_buffer_bytes: u64,
     disk_mode: DiskMode,
+    /// A standby may be on the host that has the VM.
+    same_host: bool,
     /// How a standby is known. Files are read again for each, since this may last for years.
     security: ChosenSecurity,
 }
@@ -71,6 +73,7 @@ impl Request {
             timing: config.timing(),
             log_buffer_bytes: config.log_buffer_bytes,
             disk_mode: config.disk_mode,
+            same_host: config.same_host,
             security,
         }
     }
@@ -85,6 +88,7 @@ impl Request {
             timing: terms.timing,
             log_buffer_bytes: terms.log_buffer_bytes,
             disk_mode: terms.disk_mode,
+            same_host: terms.same_host,
             security,
         }
     }
@@ -102,6 +106,7 @@ impl Request {
             log_buffer_bytes: self.log_buffer_bytes,
             arbiter_url: self.arbiter_url.clone(),
             disk_mode: self.disk_mode,
+            same_host: self.same_host,
             standbys: self.standbys.clone(),
             standby: standby.to_owned(),
         }
@@ -439,6 +444,7 @@ impl Inner {
         let devices = facts::facts(vm.config(), vm.host()).map_err(|error| chain(&error))?;
         let header = CloneHeader { config, host: vm.host().clone(), devices };
         let capabilities = Capabilities {
+            host: host_identity(),
             cpu_model: MACHINE_MODEL.into(),
             memory_bytes: vm.config().memory.size,
             devices: device_kinds(vm.config()),

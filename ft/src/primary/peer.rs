@@ -6,6 +6,7 @@ use super::state::State;
 use super::{Action, Primary};
 use crate::digest::MEMORY;
 use crate::message::{CloneStart, HELLO_MAGIC, Hello, Message};
+use crate::terms::same_host_refusal;
 use crate::{LogPosition, PROTOCOL_VERSION, clip};
 
 impl Primary {
@@ -131,6 +132,10 @@ impl Primary {
         }
         if hello.who == self.config.who {
             return self.abandon("the backup is this very process".into(), actions);
+        }
+        let ours = &self.config.capabilities;
+        if hello.capabilities.same_host(ours) && !self.config.terms.same_host {
+            return self.abandon(same_host_refusal(&ours.host), actions);
         }
         self.peer = Some(clip(&hello.who));
         actions.push(Action::Send(Message::CloneStart(CloneStart {

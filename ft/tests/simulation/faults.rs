@@ -9,6 +9,8 @@ pub enum Fault {
     CrashProcess { node: usize },
     /// The power goes: nothing is heard of it again.
     CrashHost { node: usize },
+    /// SIGKILL of whichever process lives in the newest generation.
+    CrashLive,
     /// SIGSTOP and SIGCONT, or a suspended host.
     Freeze { node: usize, for_us: u64 },
     /// Nothing arrives either way; connections stand.
@@ -56,7 +58,7 @@ const FIRST_US: u64 = 400_000;
 /// it deals with the first.
 pub fn plan(rng: &mut Rng, nodes: usize, end_us: u64) -> Vec<(u64, Fault)> {
     let mut plan = Vec::new();
-    for _ in 0..rng.range(1, 4) {
+    for _ in 0..rng.range(1, 7) {
         let cluster = rng.range(FIRST_US, end_us);
         for _ in 0..rng.range(1, 4) {
             let spread = rng.pick(&[2_000, 50_000, 300_000]);
@@ -76,7 +78,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         1 => rng.range(150_000, 500_000),
         _ => rng.range(500_000, 3_000_000),
     };
-    match rng.range(0, 29) {
+    match rng.range(0, 34) {
         0..3 => Fault::CrashProcess { node },
         3 => Fault::CrashHost { node },
         4..9 => Fault::Freeze { node, for_us },
@@ -96,6 +98,10 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         25 => Fault::ArbiterLate { for_us },
         26 => Fault::ArbiterElsewhere { node, for_us },
         27 => Fault::SlowDisk { for_us },
+        28..31 => Fault::CrashLive,
+        // The backup is behind when the primary is gone.
+        31 => Fault::SlowReplay { for_us },
+        32 => Fault::HandOver,
         _ => Fault::Disable,
     }
 }

@@ -11,16 +11,20 @@
 //! runs it again with its whole story. `DYAD_SIM_SEEDS` sets how many seeds run, `DYAD_SIM_FIRST` the
 //! first.
 
+mod actions;
 mod arbiter;
 mod checkers;
+mod copying;
 mod faults;
 mod guest;
 mod mischief;
 mod network;
 mod node;
+mod outputs;
 mod plant;
 mod process;
 mod rng;
+mod search;
 mod stories;
 mod vcpu;
 mod world;
@@ -46,22 +50,22 @@ fn fail(seed: u64, plant: Option<Plant>) -> ! {
 }
 
 /// Runs seeds on all processors; gives the first one that fails, if any, and sums.
-fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 4]) {
+fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 5]) {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let results: Vec<_> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|worker| {
                 scope.spawn(move || {
-                    let mut sums = [0u64; 4];
+                    let mut sums = [0u64; 5];
                     for seed in (first + worker..first + count).step_by(threads as usize) {
-                        let Outcome { violation, answered, protections, failovers, lost, .. } =
-                            World::run(seed, None, false);
-                        if violation.is_some() {
+                        let outcome = World::run(seed, None, false);
+                        if outcome.violation.is_some() {
                             return (Some(seed), sums);
                         }
-                        for (sum, value) in
-                            sums.iter_mut().zip([answered, protections, failovers, u64::from(lost)])
-                        {
+                        let Outcome { answered, protections, failovers, lost, generation, .. } =
+                            outcome;
+                        let parts = [answered, protections, failovers, u64::from(lost), generation];
+                        for (sum, value) in sums.iter_mut().zip(parts) {
                             *sum += value;
                         }
                     }
@@ -72,7 +76,7 @@ fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 4]) {
         workers.into_iter().map(|worker| worker.join().expect("no seed panics")).collect()
     });
     let failed = results.iter().filter_map(|(seed, _)| *seed).min();
-    let mut sums = [0; 4];
+    let mut sums = [0; 5];
     for (_, part) in &results {
         for (sum, value) in sums.iter_mut().zip(part) {
             *sum += value;
@@ -85,14 +89,15 @@ fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 4]) {
 fn thousands_of_seeds() {
     let count = number("DYAD_SIM_SEEDS").unwrap_or(2_500);
     let first = number("DYAD_SIM_FIRST").unwrap_or(0);
-    let (failed, [answered, protections, failovers, lost]) = run_seeds(first, count);
+    let (failed, [answered, protections, failovers, lost, generations]) = run_seeds(first, count);
     if let Some(seed) = failed {
         fail(seed, None);
     }
     println!(
-        "{count} histories: {answered} requests answered, {protections} times protected, {failovers} failovers, {lost} VMs lost with all their hosts"
+        "{count} histories: {answered} requests answered, {protections} times protected, {failovers} failovers, {generations} generations, {lost} VMs lost with all their hosts"
     );
-    assert!(protections >= count && failovers > count / 4, "the faults do not bite");
+    assert!(protections >= 2 * count && failovers > count / 4, "the faults do not bite");
+    assert!(generations > 2 * count, "nobody comes far");
     assert!(lost < count / 4, "most histories should end well");
 }
 
@@ -190,4 +195,19 @@ fn finds_disk_requests_not_issued_again() {
 #[test]
 fn finds_a_claim_that_is_not_retried() {
     finds(Plant::NoRetry, &["progress"]);
+}
+
+#[test]
+fn finds_a_generation_begun_without_a_claim() {
+    finds(Plant::NextWithoutClaim, &["one_live"]);
+}
+
+#[test]
+fn finds_a_survivor_that_begins_the_old_generation_again() {
+    finds(Plant::OldGenerationAgain, &["generations"]);
+}
+
+#[test]
+fn finds_a_search_that_gives_up() {
+    finds(Plant::SearchGivesUp, &["generations"]);
 }

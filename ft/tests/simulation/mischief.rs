@@ -2,9 +2,8 @@
 
 use crate::faults::Fault;
 use crate::network::Packet;
-use crate::node::{Node, Role};
+use crate::node::Role;
 use crate::plant::Plant;
-use crate::process::terms;
 use crate::world::{Happening, World};
 
 impl World {
@@ -14,6 +13,13 @@ impl World {
         match fault {
             Fault::CrashProcess { node } => self.crash(node, true),
             Fault::CrashHost { node } => self.crash(node, false),
+            Fault::CrashLive => {
+                if let Some((_, live)) = self.checkers.newest()
+                    && self.lives(live)
+                {
+                    self.crash(live.node, true);
+                }
+            }
             Fault::Freeze { node, for_us } => {
                 self.nodes[node].frozen_until = self.nodes[node].frozen_until.max(t + for_us);
                 if self.plant == Some(Plant::ClockStopsWhileFrozen) {
@@ -95,7 +101,8 @@ impl World {
             }
             Fault::Disable => {
                 for node in 0..self.nodes.len() {
-                    if matches!(self.nodes[node].role, Role::Primary(_)) {
+                    if self.nodes[node].wish.is_some() {
+                        self.withdraw(node);
                         let reason = "the operator wants it".into();
                         self.operator(node, ft::primary::Input::Disable { reason });
                     }
@@ -116,8 +123,9 @@ impl World {
             return;
         }
         let end = self.nodes[node].end();
-        self.checkers.crashed(end);
+        self.checkers.crashed(end, self.nodes[node].who());
         self.nodes[node].up = false;
+        self.nodes[node].powered = kernel_lives;
         self.nodes[node].backlog.clear();
         if kernel_lives && let Some((connection, end)) = self.nodes[node].connection {
             self.send_packet(connection, end, Packet::Closed("reset by peer"));
@@ -171,33 +179,28 @@ impl World {
         }
     }
 
-    /// Restarts what has ended and protects what runs alone.
+    /// Restarts what has ended, as a VMM that waits for a VM, and asks for protection where nobody has.
     pub fn manage(&mut self) {
         for id in 0..self.nodes.len() {
             let node = &self.nodes[id];
             let ended = !node.up || matches!(node.role, Role::Idle);
             if ended && self.t >= node.frozen_until && self.rng.percent(20) {
-                let mut fresh = Node::new(id, node.life + 1, node.clock.clone());
-                fresh.frozen_until = node.frozen_until;
-                self.nodes[id] = fresh;
+                self.nodes[id].restart();
                 let at = self.nodes[id].end();
                 self.after(1_000, Happening::Quantum { at });
-                self.note(|| format!("host{id}.{} starts", at.life));
+                let who = self.nodes[id].who();
+                self.note(|| format!("{who} starts"));
             }
         }
-        let solo = (0..self.nodes.len()).find(|id| {
+        let unprotected = (0..self.nodes.len()).find(|id| {
             let node = &self.nodes[*id];
-            node.up && self.t >= node.frozen_until && matches!(node.role, Role::Solo)
+            let awake = node.up && self.t >= node.frozen_until;
+            awake && matches!(node.role, Role::Solo) && node.wish.is_none()
         });
-        let spare = (0..self.nodes.len()).find(|id| {
-            let node = &self.nodes[*id];
-            node.up && matches!(node.role, Role::Listening) && node.connection.is_none()
-        });
-        if let (Some(primary), Some(backup)) = (solo, spare)
+        if let Some(id) = unprotected
             && self.rng.percent(60)
         {
-            let terms = terms(self.nodes[primary].generation);
-            self.protect(primary, backup, terms);
+            self.enable(id);
         }
         self.after(60_000, Happening::Manage);
     }

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ft::{Backup, Decoder, Encoder, FrameReader, KeptOutputs, OutputGate, OutputNumber, Primary};
+use ft::{
+    Backup, Decoder, Encoder, FrameReader, KeptOutputs, OutputGate, OutputNumber, Primary, Search,
+};
 
 use crate::guest::{Guest, Output};
 use crate::network::End;
@@ -61,10 +63,24 @@ pub enum Role {
     Idle,
 }
 
+/// That a VM be protected.
+pub struct Wish {
+    pub search: Search,
+    /// Who may be asked, for the terms of the next generation.
+    pub standbys: Vec<String>,
+    /// An operator waits until a standby takes the VM or all have refused.
+    pub asked_for: bool,
+}
+
 pub struct Node {
     pub id: usize,
+    /// Counts what it has been: a backup that was discarded is no other than a process that has ended.
     pub life: u32,
+    /// Counts its processes. One claims under one name, whatever it has been.
+    pub process: u32,
     pub up: bool,
+    /// Its kernel answers for a process that has ended.
+    pub powered: bool,
     pub frozen_until: u64,
     /// What waited while it was frozen.
     pub backlog: Vec<Happening>,
@@ -72,6 +88,11 @@ pub struct Node {
     pub role: Role,
     /// The generation its VM lives in.
     pub generation: u64,
+    /// The generation in which it looks for a backup.
+    pub membership: u64,
+    pub wish: Option<Wish>,
+    /// Counts them: what belongs to an earlier one changes nothing.
+    pub wishes: u32,
     pub connection: Option<(usize, usize)>,
     pub reader: FrameReader,
     pub guest: Option<Guest>,
@@ -107,16 +128,21 @@ pub struct Node {
 }
 
 impl Node {
-    pub fn new(id: usize, life: u32, clock: Clock) -> Self {
+    pub fn new(id: usize, clock: Clock) -> Self {
         Self {
             id,
-            life,
+            life: 0,
+            process: 0,
             up: true,
+            powered: true,
             frozen_until: 0,
             backlog: Vec::new(),
             clock,
             role: Role::Listening,
             generation: 0,
+            membership: 0,
+            wish: None,
+            wishes: 0,
             connection: None,
             reader: FrameReader::new(),
             guest: None,
@@ -146,12 +172,30 @@ impl Node {
         }
     }
 
+    /// The next process on this host.
+    pub fn restart(&mut self) {
+        self.listen_again();
+        self.process += 1;
+    }
+
+    /// The same process without a VM.
+    pub fn listen_again(&mut self) {
+        let fresh = Self::new(self.id, self.clock.clone());
+        let old = std::mem::replace(self, fresh);
+        self.life = old.life + 1;
+        self.process = old.process;
+        self.wishes = old.wishes + 1;
+        self.frozen_until = old.frozen_until;
+        self.slow_until = old.slow_until;
+        self.backlog = old.backlog;
+    }
+
     pub fn end(&self) -> End {
         End { node: self.id, life: self.life }
     }
 
     pub fn who(&self) -> String {
-        format!("host{}.{}", self.id, self.life)
+        format!("host{}.{}", self.id, self.process)
     }
 
     pub fn next_deadline(&self) -> Option<Duration> {

@@ -32,4 +32,10 @@ pub enum Plant {
     NothingReissued,
     /// An arbiter's lost answer is never asked for again.
     NoRetry,
+    /// A side that has lost the other begins the next generation without asking the arbiter.
+    NextWithoutClaim,
+    /// The survivor looks for a backup in the generation that is over.
+    OldGenerationAgain,
+    /// A search ends when a backup is lost.
+    SearchGivesUp,
 }

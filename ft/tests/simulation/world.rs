@@ -11,9 +11,10 @@ use crate::network::{End, Network, Packet};
 use crate::node::{Clock, Node, Role, Tagged};
 use crate::plant::Plant;
 use crate::rng::Rng;
+use crate::search::Attempt;
 
 /// Faults come until here.
-pub const FAULTS_END_US: u64 = 5_000_000;
+pub const FAULTS_END_US: u64 = 7_000_000;
 
 /// Within this time after the last fault everything must work again.
 pub const RECOVERY_US: u64 = 25_000_000;
@@ -80,6 +81,11 @@ pub enum Happening {
     },
     Heal,
     Fault(Fault),
+    /// A standby may be due to be asked.
+    Search {
+        at: End,
+    },
+    Connects(Attempt),
     /// A client asks, or asks again.
     ClientAsks {
         client: usize,
@@ -158,17 +164,20 @@ pub struct Outcome {
     pub throttle: f64,
     /// The VM was lost because everything that held it was destroyed.
     pub lost: bool,
+    /// The newest generation that anybody lived in.
+    pub generation: u64,
 }
 
 impl World {
     fn new(seed: u64, plant: Option<Plant>, traced: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let count = rng.range(2, 4) as usize;
+        // Mostly a standby more than the pair needs.
+        let count = if rng.percent(25) { 2 } else { 3 };
         let nodes = (0..count)
             .map(|id| {
                 let offset = rng.range(1_000_000, 1_000_000_000) as i64;
                 let drift = rng.range(0, 2001) as i64 - 1000;
-                Node::new(id, 0, Clock::new(offset, drift))
+                Node::new(id, Clock::new(offset, drift))
             })
             .collect();
         Self {
@@ -210,6 +219,7 @@ impl World {
         let first = self.nodes[0].end();
         self.nodes[0].guest = Some(Guest::new());
         self.nodes[0].generation = 1;
+        self.nodes[0].membership = 1;
         self.nodes[0].role = Role::Solo;
         self.checkers.live(first, 1);
         for node in 0..self.nodes.len() {
@@ -234,8 +244,9 @@ impl World {
             }
             if self.t > calm {
                 let goal = goal.get_or_insert(self.waiting);
-                // Enough to have been protected again meanwhile.
-                if self.waiting.iter().zip(goal.iter()).all(|(now, then)| *now > *then + 3) {
+                let served =
+                    self.waiting.iter().zip(goal.iter()).all(|(now, then)| *now > *then + 3);
+                if served && self.protected() {
                     break;
                 }
             }
@@ -246,7 +257,14 @@ impl World {
                 self.waiting.iter().zip(goal.iter()).all(|(now, then)| *now > *then + 3)
             });
             lost = !progressed;
-            self.checkers.progress(self.t, progressed, &self.arbiter.claims, &self.nodes);
+            let protected = self.protected();
+            self.checkers.progress(
+                self.t,
+                progressed,
+                protected,
+                &self.arbiter.claims,
+                &self.nodes,
+            );
         }
         Outcome {
             violation: self.checkers.violation.take(),
@@ -259,7 +277,16 @@ impl World {
             lagging_us: self.lagging_us,
             throttle: self.nodes.iter().map(|node| node.throttle).fold(0.0, f64::max),
             lost,
+            generation: self.checkers.newest().map_or(0, |(generation, _)| generation),
         }
+    }
+
+    /// Whether some side's death would be survived.
+    fn protected(&self) -> bool {
+        self.nodes.iter().any(|node| {
+            let Role::Primary(machine) = &node.role else { return false };
+            node.up && self.t >= node.frozen_until && machine.protected()
+        })
     }
 
     pub fn after(&mut self, delay_us: u64, happening: Happening) {
@@ -294,9 +321,11 @@ impl World {
             | Happening::Quiet { at }
             | Happening::CloneStep { at, .. }
             | Happening::Loaded { at }
+            | Happening::Search { at }
             | Happening::Completed { at, .. }
             | Happening::Accept { at } => Some(*at),
             Happening::ArbiterAnswers { to, .. } => Some(*to),
+            Happening::Connects(attempt) => Some(attempt.from),
             Happening::Landed { .. }
             | Happening::AskArbiter { .. }
             | Happening::ClaimActs { .. }
@@ -344,6 +373,8 @@ impl World {
                     self.nodes[node].inputs.push(Guest::request(client, request));
                 }
             }
+            Happening::Search { at } => self.search(at.node),
+            Happening::Connects(attempt) => self.connects(attempt),
             Happening::Manage => self.manage(),
         }
     }

@@ -101,7 +101,8 @@ enum Command {
     ///
     /// The backup's certificate must name HOST; for tls_dir and its like see ft-receive. The other keys,
     /// with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20, failure_timeout_ms=300,
-    /// max_lag_ms=100, log_buffer_bytes=16M.
+    /// max_lag_ms=100, log_buffer_bytes=16M. With same_host=on a standby may be on the VM's own host, which
+    /// is refused else: to try protection out.
     FtEnable {
         /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,tls_dir=DIR][,...]; URL is what both hosts must reach:
         /// file:/DIR, a shared directory, or etcd:[HOST:PORT,HOST:PORT,...]

@@ -7,6 +7,7 @@ use crate::network::{GUEST, Network, Side, TAP};
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
+use serde_json::{Value, json};
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Lab {
     pub memory: &'static str,
     /// Who decides which side may live; the directory [`Self::claims`] if nothing else was chosen.
     pub arbiter_url: String,
+    /// Raw images of more disks for the guest, after its own: `/dev/vdb` and so on.
+    pub more_disks: Vec<PathBuf>,
     /// Image of the root file system with real programs, if the guest is to have it.
     programs: Option<PathBuf>,
     directory: tempfile::TempDir,
@@ -62,6 +65,7 @@ impl Lab {
             guest,
             memory: "256M",
             arbiter_url,
+            more_disks: Vec::new(),
             programs: None,
             directory,
             started,
@@ -123,6 +127,8 @@ impl Lab {
         options.push("--disk".to_owned());
         options.push(format!("path={},image_type=raw", text(self.disk.path())));
         options.extend(programs);
+        let more = self.more_disks.iter();
+        options.extend(more.map(|image| format!("path={},image_type=raw", text(image))));
         options
     }
 
@@ -139,6 +145,12 @@ impl Lab {
         let options = [&certificates, options].concat();
         let vmm = Vmm::start(self.network.host(side), self.directory(), &name, &options);
         vmm.with_context(|| format!("starting dyad on {side}"))
+    }
+
+    /// The body of an `ft.enable` for a backup at `backup_url`. The hosts of a lab are namespaces of one.
+    #[must_use]
+    pub fn enable(&self, backup_url: &str) -> Value {
+        json!({ "backup_url": backup_url, "arbiter_url": self.arbiter_url, "same_host": true })
     }
 
     /// Where the guest's service is.

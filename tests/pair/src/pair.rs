@@ -128,10 +128,7 @@ impl Pair {
             self.primary.api().put("ft.disable")?;
         }
         if !searches || elsewhere {
-            let mut enable = json!({
-                "backup_url": listen,
-                "arbiter_url": self.lab.arbiter_url,
-            });
+            let mut enable = self.lab.enable(&listen);
             if let Some(timing) = self.timing {
                 enable["heartbeat_ms"] = timing.heartbeat_ms.into();
                 enable["failure_timeout_ms"] = timing.failure_timeout_ms.into();

@@ -213,7 +213,7 @@ fn refused_for_the_backups_sake(pair: &Pair) -> Result<()> {
     let backup = pair.lab.start(other, &[])?;
     let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
-    let enable = json!({ "backup_url": listen, "arbiter_url": pair.lab.arbiter_url });
+    let enable = pair.lab.enable(&listen);
     let error = match pair.primary.api().put_json("ft.enable", &enable) {
         Ok(_) => anyhow::bail!("protected with an arbiter that the backup does not reach"),
         Err(error) => format!("{:#}", anyhow::Error::from(error)),

@@ -10,7 +10,7 @@ use pair_tests::guest::program;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::network::Side;
-use pair_tests::pair::{LOGGING_PORT, Pair, merge, wait_for_status};
+use pair_tests::pair::{Death, LOGGING_PORT, Pair, merge, wait_for_status};
 use pair_tests::requirements::{Need, met};
 use pair_tests::vmm::Vmm;
 use serde_json::{Value, json};
@@ -60,8 +60,7 @@ impl Story {
 
     /// `ft.enable` must be refused at once for a reason with all of `words`; the guest must not notice.
     fn refused(&self, enable: &Value, words: &[&str]) -> Result<()> {
-        let claims = format!("file:{}", self.pair.lab.claims().display());
-        let mut body = json!({ "backup_url": self.url(), "arbiter_url": claims });
+        let mut body = self.pair.lab.enable(&self.url());
         merge(&mut body, enable);
         let asked = Instant::now();
         let text = body.to_string();
@@ -249,5 +248,26 @@ fn a_pair_that_does_not_fit_is_refused_by_name_before_the_guest_is_paused() -> R
     Story::told(&backup, &["262144"])?;
     std::fs::rename(&aside, &image)?;
     drop(backup);
+    story.end()
+}
+
+#[test]
+fn two_sides_on_one_host_are_refused_unless_they_are_wanted_there() -> Result<()> {
+    if !met("both sides on one host", &NEEDS) {
+        return Ok(());
+    }
+    let mut story = Story::new("one-host")?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let words = ["on one host", boot.trim(), "same_host=on", "\\\"same_host\\\": true"];
+    let backup = story.waiting(&json!({}))?;
+    story.refused(&json!({ "same_host": false }), &words)?;
+    Story::told(&backup, &["on one host"])?;
+    drop(backup);
+    story.pair.protect_for_good()?;
+    progress(&story.load, 20)?;
+    // The survivor goes by the terms of its own copy, and refuses no more than its predecessor.
+    story.pair.kill_primary(Death::Process)?;
+    story.pair.reprotect()?;
+    progress(&story.load, 20)?;
     story.end()
 }

@@ -120,7 +120,7 @@ fn enter(phase: Phase, pair: &mut Pair, proxy: &Proxy) -> Result<()> {
     let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
     pair.backup = Some(backup);
-    let enable = through(proxy, json!({ "arbiter_url": pair.lab.arbiter_url }));
+    let enable = through(proxy, pair.lab.enable(&listen));
     let api = pair.primary.api().clone();
     // Its answer is a refusal when the story kills the backup, and an error when it kills the primary.
     std::thread::spawn(move || api.put_json("ft.enable", &enable));

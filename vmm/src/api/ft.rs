@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::security::ChannelSecurity;
 use super::types::UrlError;
-use crate::config::{OptionString, OptionStringError};
+use crate::config::{OptionString, OptionStringError, is_false};
 
 /// A TCP address as users write it: `tcp:HOST:PORT`, IPv6 addresses in brackets.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +110,10 @@ pub struct FtEnableConfig {
     /// Who has the disks.
     #[serde(default = "default_disk_mode")]
     pub disk_mode: DiskMode,
+    /// A standby may be on the host that has the VM: to try protection out, since what ends the host ends
+    /// both sides.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub same_host: bool,
     /// Milliseconds between heartbeats.
     #[serde(default = "default_heartbeat_ms")]
     pub heartbeat_ms: u64,
@@ -177,6 +181,7 @@ impl FtEnableConfig {
             mode: FtMode::default(),
             arbiter_url,
             disk_mode: default_disk_mode(),
+            same_host: false,
             heartbeat_ms: default_heartbeat_ms(),
             failure_timeout_ms: default_failure_timeout_ms(),
             max_lag_ms: default_max_lag_ms(),
@@ -254,6 +259,7 @@ impl FtEnableConfig {
             "mode",
             "arbiter_url",
             "disk_mode",
+            "same_host",
             "heartbeat_ms",
             "failure_timeout_ms",
             "max_lag_ms",
@@ -281,6 +287,7 @@ impl FtEnableConfig {
             mode: options.choice("mode", &modes)?.unwrap_or_default(),
             arbiter_url,
             disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default_disk_mode()),
+            same_host: options.toggle("same_host", false)?,
             heartbeat_ms: ms("heartbeat_ms", default_heartbeat_ms())?,
             failure_timeout_ms: ms("failure_timeout_ms", default_failure_timeout_ms())?,
             max_lag_ms: ms("max_lag_ms", default_max_lag_ms())?,
@@ -350,10 +357,11 @@ mod tests {
     #[test]
     fn option_strings_mean_what_the_json_means() {
         let text = "backup_url=tcp:10.0.0.2:7700,arbiter_url=file:/shared,heartbeat_ms=10,\
-            log_buffer_bytes=1M,mode=lockstep,disk_mode=shared";
+            log_buffer_bytes=1M,mode=lockstep,disk_mode=shared,same_host=on";
         let expected = enable(|json| {
             json["heartbeat_ms"] = json!(10);
             json["log_buffer_bytes"] = json!(1 << 20);
+            json["same_host"] = json!(true);
         });
         assert_eq!(FtEnableConfig::from_option(text), Ok(expected.unwrap()));
         for arbiter in ["etcd:[a:1,[::1]:2]", "\"etcd:a:1,[::1]:2\"", "etcd:[\"a:1\",[::1]:2]"] {

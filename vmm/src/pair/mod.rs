@@ -21,25 +21,21 @@ pub mod clone;
 pub mod primary;
 pub mod receive;
 mod side;
+pub mod status;
 pub mod tls;
 pub mod wire;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use ft::{Arbiter, Capabilities, Claim, DiskMode, FtStatus, Generation, PairId};
+use ft::{Arbiter, Capabilities, Claim, DiskMode, Generation, PairId};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 use vmm_sys_util::eventfd::EventFd;
 
 use channel::Channel;
-
-/// Status is renewed no more often than this, unless the state changes.
-const STATUS_PERIOD: Duration = Duration::from_millis(20);
-/// The log rate shown is the mean over this time.
-const RATE_PERIOD: Duration = Duration::from_secs(1);
 
 /// The processor and machine that this version gives to a guest. Two hosts with different values cannot
 /// be a pair: a change to what a guest can observe of the machine changes this name.
@@ -49,6 +45,7 @@ pub const MACHINE_MODEL: &str = "dyad-soft-1";
 #[must_use]
 pub fn capabilities() -> Capabilities {
     Capabilities {
+        host: host_identity(),
         cpu_model: MACHINE_MODEL.into(),
         memory_bytes: host_memory_bytes(),
         devices: ["virtio-blk", "virtio-net", "virtio-console", "virtio-rng", "serial"]
@@ -56,6 +53,14 @@ pub fn capabilities() -> Capabilities {
             .to_vec(),
         disk_modes: vec![DiskMode::Shared],
     }
+}
+
+/// Names this host for as long as it runs: containers and network namespaces on it have the same. Empty
+/// where the kernel does not tell.
+#[must_use]
+pub fn host_identity() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    boot.map_or_else(|_| String::new(), |boot| boot.trim().to_owned())
 }
 
 /// Physical memory of this host.
@@ -162,47 +167,5 @@ fn claim(
     });
     if let Err(error) = spawned {
         answer(Err(format!("cannot start a thread: {error}")));
-    }
-}
-
-/// The status of an ft thread, written by it and read by the control thread.
-#[derive(Clone, Default)]
-pub struct StatusCell(Arc<Mutex<Published>>);
-
-#[derive(Default)]
-struct Published {
-    status: FtStatus,
-    state: &'static str,
-    renewed: Duration,
-    /// When the present rate measurement began, and the log position then.
-    rate_from: (Duration, u64),
-}
-
-impl StatusCell {
-    /// The latest.
-    #[must_use]
-    pub fn get(&self) -> FtStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).status.clone()
-    }
-
-    /// Renews it if it is due.
-    fn update(&self, now: Duration, state: &'static str, fill: impl FnOnce(&mut FtStatus)) {
-        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let published = &mut *guard;
-        if published.state == state && now < published.renewed + STATUS_PERIOD {
-            return;
-        }
-        published.state = state;
-        published.renewed = now;
-        let status = &mut published.status;
-        fill(status);
-        let bytes = status.log.recorded_bytes.max(status.log.acknowledged_bytes);
-        let (since, from) = published.rate_from;
-        let elapsed = now.saturating_sub(since);
-        if elapsed >= RATE_PERIOD {
-            let bits = bytes.saturating_sub(from) as f64 * 8.0;
-            status.log.mbit_per_s = bits / elapsed.as_secs_f64() / 1e6;
-            published.rate_from = (now, bytes);
-        }
     }
 }

@@ -14,8 +14,9 @@ use ft::{Arbiter, Claim, FtStatus, Generation, Message, PairId};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
+use super::status::{StatusCell, StatusWriter};
 use super::wire::Wire;
-use super::{Promptness, StatusCell, boot_time, run_first, wait};
+use super::{Promptness, boot_time, run_first, wait};
 
 /// A look at the channel older than this says nothing about the peer.
 const STALE: Duration = Duration::from_millis(5);
@@ -150,7 +151,7 @@ impl<M: Machine> Handle<M> {
 pub(super) struct Core<M: Machine> {
     pub(super) machine: M,
     pub(super) link: Link,
-    pub(super) status: StatusCell,
+    pub(super) status: StatusWriter,
     /// The way to this thread, for the threads it starts.
     pub(super) handle: Handle<M>,
     actions: VecDeque<M::Action>,
@@ -162,13 +163,13 @@ pub(super) struct Core<M: Machine> {
 impl<M: Machine> Core<M> {
     /// `actions` are the state machine's first.
     pub(super) fn new(machine: M, wire: Wire, actions: Vec<M::Action>) -> std::io::Result<Self> {
-        let status = StatusCell::default();
+        let status = StatusWriter::default();
         let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
         let (sender, inward) = crossbeam_channel::unbounded();
         Ok(Self {
             machine,
             link: Link::new(wire),
-            handle: Handle { inward: sender, waker, status: status.clone() },
+            handle: Handle { inward: sender, waker, status: status.cell() },
             status,
             actions: actions.into(),
             inward,

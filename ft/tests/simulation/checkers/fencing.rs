@@ -17,9 +17,18 @@ impl Fencing {
     }
 
     pub fn landed(&self, t: u64, end: End, generation: u64) -> Verdict {
+        self.not_stale(t, end, generation, "reached the world")
+    }
+
+    /// The gate opens for an output.
+    pub fn released(&self, t: u64, end: End, generation: u64) -> Verdict {
+        self.not_stale(t, end, generation, "was released")
+    }
+
+    fn not_stale(&self, t: u64, end: End, generation: u64, what: &str) -> Verdict {
         match self.newest {
             Some((newest, live)) if newest > generation && live != end => Err(format!(
-                "at {t} us an output of {end:?} in generation {generation} reached the world, but {live:?} lives in generation {newest}"
+                "at {t} us an output of {end:?} in generation {generation} {what}, but {live:?} lives in generation {newest}"
             )),
             _ => Ok(()),
         }

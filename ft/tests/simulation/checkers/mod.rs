@@ -4,6 +4,7 @@
 mod doubt;
 mod drained;
 mod fencing;
+mod generations;
 mod nothing_lost;
 mod one_live;
 mod output_rule;
@@ -32,6 +33,7 @@ pub struct Checkers {
     doubt: doubt::Doubt,
     drained: drained::Drained,
     fencing: fencing::Fencing,
+    generations: generations::Generations,
     one_live: one_live::OneLive,
     output_rule: output_rule::OutputRule,
     outputs_kept: outputs_kept::OutputsKept,
@@ -58,6 +60,7 @@ impl Checkers {
     pub fn live(&mut self, end: End, generation: u64) {
         self.doubt.decided(end);
         self.fencing.live(end, generation);
+        self.generations.live(end, generation);
         self.progress.live(end, generation);
         let verdict = self.one_live.live(end, generation);
         self.judge("one_live", verdict);
@@ -74,8 +77,19 @@ impl Checkers {
         self.progress.ended(end);
     }
 
-    pub fn crashed(&mut self, end: End) {
-        self.progress.crashed(end);
+    pub fn crashed(&mut self, end: End, who: String) {
+        self.progress.crashed(end, who);
+    }
+
+    /// A side asks for a backup in `generation`.
+    pub fn begins(&mut self, end: End, generation: u64) {
+        let verdict = self.generations.begins(end, generation);
+        self.judge("generations", verdict);
+    }
+
+    /// The newest generation that a side has lived in, and which.
+    pub fn newest(&self) -> Option<(u64, End)> {
+        self.generations.newest()
     }
 
     pub fn armed(&mut self, end: End, generation: u64) {
@@ -93,7 +107,9 @@ impl Checkers {
     }
 
     /// A primary with this backup has let an output out of the gate.
-    pub fn released(&mut self, end: End, backup: Option<End>, tagged: &Tagged) {
+    pub fn released(&mut self, t: u64, end: End, backup: Option<End>, tagged: &Tagged) {
+        let verdict = self.fencing.released(t, end, tagged.generation);
+        self.judge("fencing", verdict);
         let verdict = self.output_rule.released(backup, tagged);
         self.judge("output_rule", verdict);
         let verdict = self.doubt.acts(end);
@@ -151,10 +167,13 @@ impl Checkers {
         &mut self,
         t: u64,
         progressed: bool,
+        protected: bool,
         claims: &BTreeMap<u64, String>,
         nodes: &[Node],
     ) {
         let verdict = self.progress.over(t, progressed, claims, nodes);
         self.judge("progress", verdict);
+        let verdict = self.generations.over(t, progressed, protected);
+        self.judge("generations", verdict);
     }
 }

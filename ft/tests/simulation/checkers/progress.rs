@@ -13,6 +13,8 @@ pub struct Progress {
     armed: Option<(u64, End)>,
     ended: BTreeSet<(usize, u32)>,
     crashed: BTreeSet<(usize, u32)>,
+    /// The same by the names that processes claim with.
+    crashed_claimants: BTreeSet<String>,
 }
 
 fn key(end: End) -> (usize, u32) {
@@ -32,7 +34,8 @@ impl Progress {
         self.ended.insert(key(end));
     }
 
-    pub fn crashed(&mut self, end: End) {
+    pub fn crashed(&mut self, end: End, who: String) {
+        self.crashed_claimants.insert(who);
         self.crashed.insert(key(end));
     }
 
@@ -51,10 +54,8 @@ impl Progress {
             .iter()
             .map(|node| format!("{} {} ({})", node.who(), node.state_name(), node.up))
             .collect();
-        let name = |end: End| format!("host{}.{}", end.node, end.life);
-        let crashed = |who: &str| self.crashed.iter().any(|(n, l)| format!("host{n}.{l}") == who);
         let destroyed = match claims.get(&generation) {
-            Some(winner) => crashed(winner),
+            Some(winner) => self.crashed_claimants.contains(winner),
             None => {
                 let backup_gone = match self.armed {
                     Some((armed_in, backup)) if armed_in == generation => {
@@ -69,8 +70,7 @@ impl Progress {
             return Ok(());
         }
         Err(format!(
-            "at {t} us nobody serves, though {} of generation {generation} is not all destroyed; claim: {:?}; {}",
-            name(live),
+            "at {t} us nobody serves, though {live:?} of generation {generation} is not all destroyed; claim: {:?}; {}",
             claims.get(&generation),
             states.join(", ")
         ))

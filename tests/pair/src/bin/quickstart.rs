@@ -101,7 +101,7 @@ fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
     story.command(
         Side::A,
         &format!(
-            "dyad-remote --api-socket a1.sock ft-enable backup_url={url},arbiter_url=file:{}",
+            "dyad-remote --api-socket a1.sock ft-enable backup_url={url},arbiter_url=file:{},same_host=on",
             claims.display()
         ),
     );
