@@ -1,5 +1,7 @@
 //! From a piece of log to its acknowledgement over loopback: plain and inside TLS by turns, so that both
-//! meet the same load of the machine, and the ratio means something where the times do not.
+//! meet the same load of the machine, and the ratio means something where the times do not. The two ends have a
+//! processor each: to wake a thread on another one costs more than all else here, so where the scheduler puts them
+//! must not decide.
 //!
 //! `cargo bench -p vmm --bench log_ack`
 
@@ -10,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use ft::{LogPosition, Message};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use vmm::pair::channel::Link;
 use vmm::pair::tls::{Identity, Security, TlsFiles};
@@ -37,6 +41,15 @@ fn identity() -> Security {
     std::fs::write(&files.certificate, host.pem()).unwrap();
     std::fs::write(&files.key, key.serialize_pem()).unwrap();
     Security::Tls(Arc::new(Identity::load(&files, &[]).expect("good certificates")))
+}
+
+/// Keeps the calling thread on one processor, if there are so many.
+fn stay_on(processor: usize) {
+    let mut set = CpuSet::new();
+    if processor < std::thread::available_parallelism().map_or(1, usize::from) {
+        set.set(processor).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &set).unwrap();
+    }
 }
 
 /// Sleeps until the other end has said something, as an ft thread does.
@@ -82,7 +95,10 @@ impl Pair {
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, _) = listener.accept().unwrap();
         let wire = Wire::accepting(accepted, security).unwrap();
-        std::thread::spawn(move || acknowledge(Link::new(wire)));
+        std::thread::spawn(move || {
+            stay_on(1);
+            acknowledge(Link::new(wire));
+        });
         let mut link = Link::new(Wire::connecting(stream, security, "127.0.0.1").unwrap());
         // As every connection begins: longer frames are taken only after it.
         link.send(&Message::Hello(ft::message::Hello::new("bench", ft::Capabilities::default())));
@@ -95,6 +111,7 @@ impl Pair {
         self.sent += log.len() as u64;
         let started = Instant::now();
         self.link.send(&message);
+        self.link.flush();
         loop {
             wait(&self.link);
             let heard = self.link.read();
@@ -118,6 +135,7 @@ impl Pair {
 
 fn main() {
     let tls = identity();
+    stay_on(0);
     println!("log to acknowledgement over loopback, median and 99th percentile");
     for size in SIZES {
         let log = vec![0x5a; size];

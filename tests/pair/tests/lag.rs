@@ -1,8 +1,10 @@
-//! A log that the backup does not take: the primary waits for it, and shows that it does.
+//! A backup that cannot keep up: the primary waits for it, no more than it must, and shows that it does.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use pair_tests::faults::{proxy, through};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
@@ -11,8 +13,63 @@ use pair_tests::patience::eventually;
 use pair_tests::proxy::Weather;
 use pair_tests::requirements::{Need, met};
 use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
+const MAX_LAG_MS: u64 = 100;
+/// Longer than this the lag must not stay above its bound.
+const MOMENT: Duration = Duration::from_millis(500);
+
+/// Between two looks at the lag.
+const SAMPLE: Duration = Duration::from_millis(5);
+
+/// Threads that leave a processor little time for anybody else.
+struct Hogs {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Hogs {
+    fn start(count: usize, cpu: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let spin = |_| {
+            let stop = Arc::clone(&stop);
+            std::thread::spawn(move || {
+                pin_thread(0, cpu).expect("a thread may choose its processor");
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            })
+        };
+        Self { threads: (0..count).map(spin).collect(), stop }
+    }
+}
+
+impl Drop for Hogs {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn pin_thread(thread: i32, cpu: usize) -> nix::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(thread), &cpus)
+}
+
+fn pin_process(pid: u32, cpu: usize) -> Result<()> {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let name = task?.file_name();
+        pin_thread(name.to_string_lossy().parse()?, cpu)?;
+    }
+    Ok(())
+}
 
 fn finish(pair: Pair, load: Load) -> Result<()> {
     let answers = load.stop()?;
@@ -20,6 +77,56 @@ fn finish(pair: Pair, load: Load) -> Result<()> {
     let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
     ensure!(verdict.is_clean(), "{verdict:?}");
     Ok(())
+}
+
+#[test]
+fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> Result<()> {
+    if !met("backup with a busy processor", &NEEDS) {
+        return Ok(());
+    }
+    let processors = std::thread::available_parallelism()?.get();
+    if processors < 2 {
+        eprintln!("SKIPPED backup with a busy processor: this machine has one");
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    pair.protect_with(&json!({}), &json!({ "max_lag_ms": MAX_LAG_MS }))?;
+    // The guest computes without an end, so that a backup with less time falls behind at once.
+    pair.primary.console.run("(while :; do :; done) & true", CHANGE)?;
+    let backup = pair.backup.as_ref().context("there is no backup")?;
+    pin_process(pair.primary.pid(), 0)?;
+    pin_process(backup.pid(), 1)?;
+    let hogs = Hogs::start(1, 1);
+    wait_for_status(&pair.primary, "slowed down", |status| status.throttle > 0.2)?;
+
+    let until = Instant::now() + Duration::from_secs(8);
+    let (mut above_since, mut longest, mut most_ms) = (None, Duration::ZERO, 0);
+    while Instant::now() < until {
+        let status = pair.status()?;
+        ensure!(status.state == "protected", "{status:?}");
+        std::thread::sleep(SAMPLE);
+        most_ms = most_ms.max(status.lag_us / 1000);
+        if status.lag_us <= MAX_LAG_MS * 1000 {
+            above_since = None;
+        } else {
+            let since: Instant = *above_since.get_or_insert_with(Instant::now);
+            longest = longest.max(since.elapsed());
+        }
+    }
+    println!("at most {most_ms} ms behind, above {MAX_LAG_MS} ms for {longest:?} at a time");
+    ensure!(longest < MOMENT, "{longest:?} above {MAX_LAG_MS} ms, up to {most_ms} ms");
+
+    drop(hogs);
+    eventually(CHANGE, "the primary has its time back", || {
+        let before = pair.status()?.throttled_us;
+        std::thread::sleep(Duration::from_secs(1));
+        let taken = pair.status()?.throttled_us - before;
+        Ok((taken < 100_000).then_some(()))
+    })?;
+    // Under a load that takes its time it stays so.
+    let load = pair.lab.load(Options::new(pair.lab.service()?, "lag"))?;
+    progress(&load, 20)?;
+    finish(pair, load)
 }
 
 #[test]

@@ -135,6 +135,9 @@ pub(super) struct BackupSide {
     inbox: Option<InboxSender<run_loop::Message>>,
     arbiter: Option<Arc<dyn Arbiter>>,
     progress: Arc<Progress>,
+    /// Pieces of log on their way to the vCPU thread. They wait for the acknowledgement to have been written: the
+    /// primary's outputs depend on that, and to wake a thread takes time.
+    log: Vec<run_loop::Message>,
 }
 
 impl BackupSide {
@@ -154,6 +157,7 @@ impl BackupSide {
             inbox: None,
             arbiter: None,
             progress: Arc::default(),
+            log: Vec::new(),
         };
         Ok((side, control))
     }
@@ -189,6 +193,10 @@ impl Side for BackupSide {
         }
     }
 
+    fn written(&mut self) {
+        self.post_log();
+    }
+
     fn update_status(&mut self) {
         let now = boot_time();
         let machine = &self.core.machine;
@@ -197,7 +205,18 @@ impl Side for BackupSide {
 }
 
 impl BackupSide {
+    fn post_log(&mut self) {
+        for piece in self.log.drain(..) {
+            if let Some(inbox) = &self.inbox {
+                inbox.post(piece);
+            }
+        }
+    }
+
     fn carry_out(&mut self, action: Action) -> Result<(), String> {
+        if !matches!(action, Action::Send(_) | Action::Replay { .. }) {
+            self.post_log();
+        }
         match action {
             Action::Send(message) => self.send(&message),
             Action::HangUp => self.core.link.hang_up(),
@@ -218,9 +237,7 @@ impl BackupSide {
                 self.step(Input::Loaded);
             }
             Action::Replay { bytes, .. } => {
-                if let Some(inbox) = &self.inbox {
-                    inbox.post(run_loop::Message::Log { bytes, received: Instant::now() });
-                }
+                self.log.push(run_loop::Message::Log { bytes, received: Instant::now() });
             }
             Action::Protected => self.host()?.protected(),
             Action::Claim { pair, generation, who } => {

@@ -208,6 +208,8 @@ pub(super) trait Side {
     fn stepped(&mut self) {}
     /// After all actions.
     fn performed(&mut self) {}
+    /// After what a round had to say was written.
+    fn written(&mut self) {}
     fn update_status(&mut self);
 
     /// Runs until the state machine is at its end and everything it had to say is said.
@@ -218,6 +220,7 @@ pub(super) trait Side {
         loop {
             self.perform();
             self.write();
+            self.written();
             self.update_status();
             let core = self.core();
             if core.machine.ended() {
