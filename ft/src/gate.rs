@@ -12,6 +12,7 @@ use crate::{Histogram, LogPosition, OutputNumber, Percentiles};
 struct Held<T> {
     number: OutputNumber,
     position: LogPosition,
+    behind: LogPosition,
     since: Duration,
     bytes: usize,
     output: T,
@@ -22,6 +23,7 @@ pub struct OutputGate<T> {
     held: VecDeque<Held<T>>,
     held_bytes: usize,
     released: Option<OutputNumber>,
+    executed: LogPosition,
     delays: Histogram,
 }
 
@@ -34,7 +36,13 @@ impl<T> Default for OutputGate<T> {
 impl<T> OutputGate<T> {
     /// Nothing held.
     pub fn new() -> Self {
-        Self { held: VecDeque::new(), held_bytes: 0, released: None, delays: Histogram::default() }
+        Self {
+            held: VecDeque::new(),
+            held_bytes: 0,
+            released: None,
+            executed: LogPosition(0),
+            delays: Histogram::default(),
+        }
     }
 
     /// Holds an output. `position` is the end of its [`crate::Entry::Output`] record, `bytes` its size
@@ -50,24 +58,54 @@ impl<T> OutputGate<T> {
         bytes: usize,
         output: T,
     ) {
+        self.hold_behind(now, number, position, LogPosition(0), bytes, output);
+    }
+
+    /// As [`OutputGate::hold`]; the output waits moreover until the backup has *executed* the log up to `behind`: it
+    /// overwrites what the backup reads by itself before that.
+    ///
+    /// # Panics
+    /// As [`OutputGate::hold`].
+    pub fn hold_behind(
+        &mut self,
+        now: Duration,
+        number: OutputNumber,
+        position: LogPosition,
+        behind: LogPosition,
+        bytes: usize,
+        output: T,
+    ) {
         if let Some(last) = self.held.back() {
             assert!(last.number < number && last.position <= position, "outputs out of order");
         }
         assert!(self.released.is_none_or(|last| last < number), "an output was numbered twice");
         self.held_bytes += bytes;
-        self.held.push_back(Held { number, position, since: now, bytes, output });
+        self.held.push_back(Held { number, position, behind, since: now, bytes, output });
+    }
+
+    /// The backup has executed the log up to `position`. What may leave by that, leaves with the next
+    /// [`OutputGate::release`].
+    pub fn executed(&mut self, position: LogPosition) {
+        self.executed = self.executed.max(position);
     }
 
     /// Hands out, in order, every output whose position is at most `through`: call it on
     /// `Release { through }` and, with `LogPosition(u64::MAX)`, when the side runs alone. Returns the
-    /// number handed out last, ever.
+    /// number handed out last, ever. What waits for the backup to execute, and everything after it, stays; but a side that runs
+    /// alone waits for nobody.
     pub fn release(
         &mut self,
         now: Duration,
         through: LogPosition,
         mut send: impl FnMut(OutputNumber, T),
     ) -> Option<OutputNumber> {
-        while self.held.front().is_some_and(|first| first.position <= through) {
+        let alone = through == LogPosition(u64::MAX);
+        let executed = self.executed;
+        while self
+            .held
+            .front()
+            .is_some_and(|first| first.position <= through && (first.behind <= executed || alone))
+        {
             if let Some(held) = self.held.pop_front() {
                 self.held_bytes -= held.bytes;
                 self.delays.add(now.saturating_sub(held.since));
@@ -140,6 +178,22 @@ mod tests {
         assert_eq!(gate.released(), Some(OutputNumber(2)));
         assert_eq!(release(&mut gate, 3, u64::MAX), ["c"]);
         assert_eq!(gate.held_bytes(), 0);
+    }
+
+    #[test]
+    fn what_the_backup_has_yet_to_read_is_not_overwritten() {
+        let mut gate = gate();
+        gate.hold_behind(MS, OutputNumber(4), LogPosition(40), LogPosition(35), 1, "over");
+        gate.hold(MS, OutputNumber(5), LogPosition(40), 1, "after");
+        assert_eq!(release(&mut gate, 3, 40), ["a", "b", "c"]);
+        gate.executed(LogPosition(34));
+        assert!(release(&mut gate, 3, 40).is_empty());
+        gate.executed(LogPosition(35));
+        gate.executed(LogPosition(1));
+        assert!(release(&mut gate, 3, 39).is_empty());
+        assert_eq!(release(&mut gate, 3, 40), ["over", "after"]);
+        gate.hold_behind(MS, OutputNumber(6), LogPosition(50), LogPosition(45), 1, "alone");
+        assert_eq!(release(&mut gate, 3, u64::MAX), ["alone"]);
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub use primary::{Primary, PrimaryConfig};
 pub use record::{Entry, Record};
 pub use search::Search;
 pub use status::{Failover, FtStatus};
-pub use terms::{BadTiming, Capabilities, DiskMode, PROTOCOL_VERSION, Terms, Timing};
+pub use terms::{BadTiming, Capabilities, DiskMode, DiskReads, PROTOCOL_VERSION, Terms, Timing};
 
 use std::time::Duration;
 

@@ -10,10 +10,13 @@
 //!    | CloneStart {terms, config} ---------------> |  opens disks, makes memory
 //!    | <--------------------- Accepted or Refused  |
 //!    | Payload ... -------------------------------> |
+//!    | DiskHashes ... (guest runs) --------------> |  mirrored disks only
+//!    | <------------------------------ DiskDiffers |  one for each
+//!    | DiskData, DiskZeroes ... -----------------> |  what differed
 //!    | Pages, ZeroPages ... (guest runs) --------> |
 //!    | RoundEnd ---------------------------------> |
 //!    | <-------------------------------- RoundTaken |  and so on, in rounds
-//!    | Pages, State (guest paused) --------------> |  log position 0
+//!    | Pages, DiskData, State (guest paused) ----> |  log position 0
 //!    | Log ... (guest runs, outputs held) -------> |
 //!    | <------------------------------------ Ready |  starts to replay
 //!    | Armed ------------------------------------> |  from here on a claim decides
@@ -45,6 +48,12 @@ pub const MAX_CHUNK_BYTES: usize = MAX_FRAME_BYTES - 64;
 
 /// Bytes of a page in [`Message::Pages`].
 pub const PAGE_BYTES: usize = 4096;
+
+/// Bytes of a block in [`Message::DiskHashes`].
+pub const DISK_BLOCK_BYTES: usize = 64 << 10;
+
+/// Bytes of a hash in [`Message::DiskHashes`].
+pub const DISK_HASH_BYTES: usize = 32;
 
 /// What one side says to the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +89,46 @@ pub enum Message {
         first: u64,
         /// How many.
         count: u64,
+    },
+    /// Primary: what a run of blocks of a mirrored disk held a moment ago. Answered by
+    /// [`Message::DiskDiffers`].
+    DiskHashes {
+        /// Which disk, in the order of the configuration.
+        disk: u32,
+        /// Number of the first block; all have [`DISK_BLOCK_BYTES`] but the last of the disk.
+        first: u64,
+        /// A hash of [`DISK_HASH_BYTES`] for each, SHA-256.
+        #[serde(with = "bytes::one")]
+        hashes: Vec<u8>,
+    },
+    /// Backup: which of the blocks of a [`Message::DiskHashes`] are different in its image.
+    DiskDiffers {
+        /// As there.
+        disk: u32,
+        /// As there.
+        first: u64,
+        /// A bit for each block, the first in bit 0 of the first byte.
+        #[serde(with = "bytes::one")]
+        differing: Vec<u8>,
+    },
+    /// Primary: what a range of a mirrored disk holds.
+    DiskData {
+        /// Which disk.
+        disk: u32,
+        /// Where, in bytes.
+        offset: u64,
+        /// What is there.
+        #[serde(with = "bytes::one")]
+        bytes: Vec<u8>,
+    },
+    /// Primary: a range of a mirrored disk that reads as zeroes.
+    DiskZeroes {
+        /// Which disk.
+        disk: u32,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
     },
     /// Primary: all that one round of the copy has found is on its way.
     RoundEnd {
@@ -219,6 +268,10 @@ impl Message {
             Message::Payload { .. } => "Payload",
             Message::Pages { .. } => "Pages",
             Message::ZeroPages { .. } => "ZeroPages",
+            Message::DiskHashes { .. } => "DiskHashes",
+            Message::DiskDiffers { .. } => "DiskDiffers",
+            Message::DiskData { .. } => "DiskData",
+            Message::DiskZeroes { .. } => "DiskZeroes",
             Message::RoundEnd { .. } => "RoundEnd",
             Message::RoundTaken { .. } => "RoundTaken",
             Message::State { .. } => "State",

@@ -51,6 +51,9 @@ pub struct FtStatus {
     pub last_unequal: Option<Unequal>,
     /// Progress of the copy, while one is made.
     pub clone: Option<CloneStatus>,
+    /// The same for each mirrored disk.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub clone_disks: Vec<CloneDisk>,
     /// The last failover of this VM on this side.
     pub last_failover: Option<Failover>,
     /// How this side looks for a backup; absent if nobody wants the VM protected, or it is the backup.
@@ -113,6 +116,28 @@ pub struct CloneStatus {
     pub throttle: f64,
     /// How long the guest stood still, once known.
     pub pause_us: Option<u64>,
+    /// Bytes of mirrored disks.
+    #[serde(default)]
+    pub disk_total_bytes: u64,
+    /// Bytes of them that were compared with the backup's.
+    #[serde(default)]
+    pub disk_compared_bytes: u64,
+    /// Bytes of them that were sent since they differed or were written meanwhile, zeroes included.
+    #[serde(default)]
+    pub disk_copied_bytes: u64,
+}
+
+/// How far the copy of one mirrored disk is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneDisk {
+    /// The disk's id.
+    pub id: String,
+    /// Its size.
+    pub total_bytes: u64,
+    /// Bytes that were compared with the backup's.
+    pub compared_bytes: u64,
+    /// Bytes that were sent since they differed or were written meanwhile, zeroes included.
+    pub copied_bytes: u64,
 }
 
 /// How far a copy is.
@@ -122,6 +147,8 @@ pub enum ClonePhase {
     /// Nothing has been sent.
     #[default]
     Starting,
+    /// The guest runs, and what differs of its mirrored disks goes over.
+    Disks,
     /// The guest runs, and everything it holds goes over once.
     Everything,
     /// The guest runs, and what it has changed goes over again.

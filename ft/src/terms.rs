@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Generation, PairId, clip};
 
 /// Version of the messages and of the log. Two sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// How a protected VM's disks are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +17,17 @@ pub enum DiskMode {
     Shared,
     /// Each side has its own image.
     Mirrored,
+}
+
+/// Where a backup has from what its guest reads of a shared disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskReads {
+    /// From the log: the primary writes there what it has read.
+    #[default]
+    Log,
+    /// From the disk: it reads by itself. The log says only when each read completed.
+    Backup,
 }
 
 /// What a side needs (the primary) or has to offer (the backup).
@@ -234,6 +245,8 @@ pub struct Terms {
     pub disk_mode: DiskMode,
     /// Both sides may be on one host.
     pub same_host: bool,
+    /// Where the backup has from what its guest reads of a shared disk; with mirrored disks it reads its own.
+    pub disk_reads: DiskReads,
     /// Where backups may be made, as `tcp:HOST:PORT`: the side that goes on alone looks there for the next.
     pub standbys: Vec<String>,
     /// Which of them this backup is; it need not be its own successor.

@@ -6,9 +6,9 @@ use ft::message::{
     CloneStart, Hello, MAX_FRAME_BYTES, MAX_GREETING_BYTES, MessageError, PAGE_BYTES,
 };
 use ft::{
-    Backup, BackupConfig, Capabilities, DiskMode, ExecutionPoint, FrameReader, Generation,
-    LogPosition, Message, PageHasher, PageHashes, PairId, Primary, PrimaryConfig, Terms, Timing,
-    Unequal, backup, primary,
+    Backup, BackupConfig, Capabilities, DiskMode, DiskReads, ExecutionPoint, FrameReader,
+    Generation, LogPosition, Message, PageHasher, PageHashes, PairId, Primary, PrimaryConfig,
+    Terms, Timing, Unequal, backup, primary,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -32,6 +32,7 @@ fn terms() -> Terms {
         arbiter_url: "file:/shared".into(),
         disk_mode: DiskMode::Shared,
         same_host: true,
+        disk_reads: DiskReads::Log,
         standbys: vec!["tcp:a:7700".into(), "tcp:b:7700".into()],
         standby: "tcp:b:7700".into(),
     }
@@ -70,6 +71,15 @@ fn message() -> impl Strategy<Value = Message> {
         }),
         (any::<u64>(), any::<u64>()).prop_map(|(first, count)| Message::ZeroPages { first, count }),
         any::<u64>().prop_map(|round| Message::RoundEnd { round }),
+        (any::<u32>(), any::<u64>(), bytes())
+            .prop_map(|(disk, first, hashes)| { Message::DiskHashes { disk, first, hashes } }),
+        (any::<u32>(), any::<u64>(), bytes()).prop_map(|(disk, first, differing)| {
+            Message::DiskDiffers { disk, first, differing }
+        }),
+        (any::<u32>(), any::<u64>(), bytes())
+            .prop_map(|(disk, offset, bytes)| { Message::DiskData { disk, offset, bytes } }),
+        (any::<u32>(), any::<u64>(), any::<u64>())
+            .prop_map(|(disk, offset, len)| Message::DiskZeroes { disk, offset, len }),
         any::<u64>().prop_map(|round| Message::RoundTaken { round }),
         (point(), bytes()).prop_map(|(point, bytes)| Message::State { point, bytes }),
         Just(Message::Ready),

@@ -30,7 +30,7 @@ pub mod rng;
 pub use block::{BlockConfig, BlockFront};
 pub use console::{ConsoleConfig, ConsoleFront};
 pub use effect::{
-    BlockCompletion, BlockOp, BlockRequest, BlockStatus, DeviceEvent, Effect, Effects,
+    BlockCompletion, BlockOp, BlockRequest, BlockStatus, DeviceEvent, Effect, Effects, SECTOR_SIZE,
 };
 pub use front::{DriverError, Front, FrontError, FrontState, Io, StateError};
 pub use net::{NetConfig, NetFront};

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use ft::Event;
 use virtio_devices::BlockRequest;
-use virtio_devices::block::back::{BlockBack, BlockBackError, BlockOptions};
+use virtio_devices::block::back::{BlockBack, BlockBackError, BlockOptions, CompletionSink};
+use virtio_devices::block::copy::ImageCopy;
 use virtio_devices::block::latency::Latencies;
 use virtio_devices::console::back::{ConsoleBack, ConsoleBackError, ConsoleMode as Connection};
 use virtio_devices::net::back::{NetBack, TapOptions};
@@ -90,6 +91,16 @@ pub enum BackendError {
     /// The entropy source.
     #[error("cannot use the entropy source")]
     Rng(#[source] RngBackError),
+}
+
+/// The image of a disk.
+pub struct DiskImage {
+    /// The disk's id.
+    pub id: String,
+    /// Whether the guest cannot write to it.
+    pub read_only: bool,
+    /// The image.
+    pub copy: ImageCopy,
 }
 
 struct Disk {
@@ -192,18 +203,10 @@ impl Backends {
     /// submitted before is done first. A second call does nothing.
     pub fn start(&self) -> Result<(), BackendError> {
         for (device, disk) in &self.disks {
-            let (device, sink) = (*device, Arc::clone(&self.sink));
-            let complete = move |completion: virtio_devices::BlockCompletion| {
-                sink(Event::DiskCompletion {
-                    device,
-                    request: completion.id,
-                    status: completion.status.byte(),
-                    data: completion.data,
-                });
-            };
             disk.back
-                .start(Box::new(complete))
+                .start(self.completions(*device))
                 .map_err(|source| BackendError::Disk { id: disk.id.clone(), source })?;
+            disk.back.go_live();
         }
         for (device, net) in &self.nets {
             let (device, sink) = (*device, Arc::clone(&self.sink));
@@ -229,6 +232,42 @@ impl Backends {
                 .map_err(|source| BackendError::Console { what: "serial port", source })?;
         }
         Ok(())
+    }
+
+    /// Starts the disks alone, for a side that follows a primary and does disk requests itself. Ends with
+    /// [`Self::start`].
+    pub fn follow(&self) -> Result<(), BackendError> {
+        for (device, disk) in &self.disks {
+            disk.back
+                .follow(self.completions(*device))
+                .map_err(|source| BackendError::Disk { id: disk.id.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    fn completions(&self, device: u8) -> CompletionSink {
+        let sink = Arc::clone(&self.sink);
+        Box::new(move |completion: virtio_devices::BlockCompletion| {
+            sink(Event::DiskCompletion {
+                device,
+                request: completion.id,
+                status: completion.status.byte(),
+                data: completion.data,
+            });
+        })
+    }
+
+    /// The images, in the order of `config`, for those who copy them.
+    #[must_use]
+    pub fn images(&self, config: &VmConfig) -> Vec<DiskImage> {
+        let placed = machine::place(config).unwrap_or_default();
+        let image = |device: &machine::Placed| {
+            let Kind::Disk { index } = device.kind else { return None };
+            let (disk, config) = (self.disks.get(&device.slot)?, config.disks().get(index)?);
+            let (id, read_only) = (disk.id.clone(), config.readonly);
+            Some(DiskImage { id, read_only, copy: disk.back.copy() })
+        };
+        placed.iter().filter_map(image).collect()
     }
 
     /// From now on begins no disk request: for a machine that lost its claim.
@@ -269,6 +308,12 @@ impl Outlet for Backends {
     fn block(&self, device: u8, request: BlockRequest) {
         if let Some(disk) = self.disks.get(&device) {
             disk.back.submit(request);
+        }
+    }
+
+    fn block_patiently(&self, device: u8, request: BlockRequest) {
+        if let Some(disk) = self.disks.get(&device) {
+            disk.back.submit_patiently(request);
         }
     }
 

@@ -17,8 +17,8 @@ use crossbeam_channel::Sender;
 use ft::primary::Input;
 use ft::status::Failover;
 use ft::{
-    Capabilities, DiskMode, ExecutionPoint, FtStatus, Generation, PairId, PrimaryConfig, Search,
-    Terms, Timing, Unequal,
+    Capabilities, DiskMode, DiskReads, ExecutionPoint, FtStatus, Generation, PairId, PrimaryConfig,
+    Search, Terms, Timing, Unequal,
 };
 
 use crate::api::{ChosenSecurity, ControlError, FtEnableConfig, TcpUrl};
@@ -52,6 +52,7 @@ pub struct Request {
     disk_mode: DiskMode,
     /// A standby may be on the host that has the VM.
     same_host: bool,
+    disk_reads: DiskReads,
     /// How a standby is known. Files are read again for each, since this may last for years.
     security: ChosenSecurity,
 }
@@ -74,6 +75,7 @@ impl Request {
             log_buffer_bytes: config.log_buffer_bytes,
             disk_mode: config.disk_mode,
             same_host: config.same_host,
+            disk_reads: config.disk_reads,
             security,
         }
     }
@@ -89,6 +91,7 @@ impl Request {
             log_buffer_bytes: terms.log_buffer_bytes,
             disk_mode: terms.disk_mode,
             same_host: terms.same_host,
+            disk_reads: terms.disk_reads,
             security,
         }
     }
@@ -107,6 +110,7 @@ impl Request {
             arbiter_url: self.arbiter_url.clone(),
             disk_mode: self.disk_mode,
             same_host: self.same_host,
+            disk_reads: self.disk_reads,
             standbys: self.standbys.clone(),
             standby: standby.to_owned(),
         }
@@ -440,7 +444,7 @@ impl Inner {
             return Err("the VM has been halted here".into());
         }
         let vm = state.vm.as_ref().ok_or("the VM is not running")?;
-        let config = serde_json::to_string(vm.config()).map_err(|error| chain(&error))?;
+        let config = serde_json::to_string(vm.travelling()).map_err(|error| chain(&error))?;
         let devices = facts::facts(vm.config(), vm.host()).map_err(|error| chain(&error))?;
         let header = CloneHeader { config, host: vm.host().clone(), devices };
         let capabilities = Capabilities {
@@ -449,6 +453,10 @@ impl Inner {
             memory_bytes: vm.config().memory.size,
             devices: device_kinds(vm.config()),
             disk_modes: vec![terms.disk_mode],
+        };
+        let disks = match terms.disk_mode {
+            DiskMode::Mirrored => vm.back_halves().images(vm.config()),
+            DiskMode::Shared => Vec::new(),
         };
         let observer = Observer {
             inner: Arc::clone(self),
@@ -469,6 +477,8 @@ impl Inner {
             memory: vm.memory().clone(),
             payload: Arc::clone(vm.payload()),
             outlet: Arc::clone(vm.back_halves()) as Arc<dyn Outlet>,
+            disks,
+            local: vm.config().clone(),
             observer: Box::new(observer),
         })
     }

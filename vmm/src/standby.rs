@@ -1,20 +1,27 @@
 //! The VM of a backup: made of what a primary sends, kept until it goes live or is worthless.
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use ft::message::CloneStart;
 use ft::search::MAX_STANDBYS;
-use ft::{FtStatus, Generation, Terms};
+use ft::{DiskMode, FtStatus, Generation, Terms};
 use hypervisor::{GuestMemory, Hypervisor};
 
+use crate::api::ft::DiskPath;
 use crate::api::{ChosenSecurity, TcpUrl, VmEnd};
+use crate::backends::DiskImage;
 use crate::boot::Payload;
 use crate::config::VmConfig;
 use crate::machine::facts;
 use crate::pair::backup::BackupHost;
 use crate::pair::clone::{CloneHeader, CloneState};
+use crate::pair::marker::{self, Part};
 use crate::protection::Protection;
 use crate::run_loop;
+use crate::run_loop::disks::DiskPlan;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
 use crate::run_loop::replay::Replay;
@@ -31,8 +38,93 @@ pub struct Standby {
     pub protection: Protection,
     /// How it is to know that.
     pub security: ChosenSecurity,
+    /// Where disks have their images on this host, if not where the primary's configuration says.
+    pub disks: Vec<DiskPath>,
     /// What is there before the primary's state has come.
     pub prepared: Option<Prepared>,
+    /// What was agreed on about disks.
+    pub plan: DiskPlan,
+    /// The configuration of a VM whose images are made copies.
+    pub mirrored: Option<VmConfig>,
+}
+
+/// `config` with the images of this host.
+fn localized(config: &VmConfig, paths: &[DiskPath]) -> Result<VmConfig, String> {
+    let mut config = config.clone();
+    for DiskPath { id, path } in paths {
+        let mut disks = config.disks.iter_mut().flatten();
+        let disk = disks.find(|disk| disk.pci.id.as_ref() == Some(id)).ok_or_else(|| {
+            format!("ft.receive names an image for the disk '{id}', which this VM does not have")
+        })?;
+        disk.path = Some(path.clone());
+    }
+    Ok(config)
+}
+
+/// Makes the images that are not there, empty and as large as the primary's; `sectors` are its sizes. Gives what was
+/// made.
+fn make_missing(config: &VmConfig, sectors: &[u64]) -> Result<Vec<PathBuf>, String> {
+    let mut made = Vec::new();
+    for (disk, sectors) in config.disks().iter().zip(sectors) {
+        let Some(path) = disk.path.as_ref().filter(|_| !disk.readonly) else { continue };
+        if path.exists() {
+            continue;
+        }
+        let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let sized = new.and_then(|file| file.set_len(sectors.saturating_mul(512)));
+        if let Err(error) = sized {
+            discard_made(&made);
+            return Err(format!("the backup cannot make disk image {}: {error}", path.display()));
+        }
+        log::info!("disk image {} was not there: made with {sectors} sectors", path.display());
+        made.push(path.clone());
+    }
+    Ok(made)
+}
+
+fn discard_made(made: &[PathBuf]) {
+    for path in made {
+        if let Err(error) = std::fs::remove_file(path) {
+            log::warn!("cannot remove {}: {error}", path.display());
+        }
+    }
+}
+
+impl Standby {
+    /// Opens everything for `config`, the primary's.
+    fn open(
+        &self,
+        config: &VmConfig,
+        header: &CloneHeader,
+        terms: &Terms,
+    ) -> Result<Prepared, String> {
+        let local = localized(config, &self.disks)?;
+        let mirrored = terms.disk_mode == DiskMode::Mirrored;
+        let primary_sectors = &header.host.disk_sectors;
+        let made = if mirrored { make_missing(&local, primary_sectors)? } else { Vec::new() };
+        let open = || -> Result<Prepared, String> {
+            let prepared =
+                Prepared::new(&*self.hypervisor, local.clone(), Some(header.host.clone()))
+                    .map_err(|error| format!("the backup cannot take this VM: {}", chain(&error)))?
+                    .travelling_as(config.clone());
+            let sectors = prepared.disk_sectors();
+            let differences = facts::disk_differences(&local, primary_sectors, &sectors);
+            if !differences.is_empty() {
+                return Err(differences.join("; "));
+            }
+            if mirrored {
+                prepared.lock_disks().map_err(|error| {
+                    format!(
+                        "each side of a mirrored pair needs images of its own: {}; ft.receive on the backup can name                          others: disks=[ID=PATH,...]",
+                        chain(&error)
+                    )
+                })?;
+                marker::set(&local, Part::Backup, &terms.pair, terms.generation)?;
+            }
+            Ok(prepared)
+        };
+        open().inspect_err(|_| discard_made(&made))
+    }
 }
 
 /// The next backup will be looked for where the primary says: it must make sense.
@@ -62,17 +154,27 @@ impl BackupHost for Standby {
         if !differences.is_empty() {
             return Err(differences.join("; "));
         }
-        let prepared = Prepared::new(&*self.hypervisor, config, Some(header.host.clone()))
-            .map_err(|error| format!("the backup cannot take this VM: {}", chain(&error)))?;
-        let sectors = prepared.disk_sectors();
-        let differences =
-            facts::disk_differences(prepared.config(), &header.host.disk_sectors, &sectors);
-        if !differences.is_empty() {
-            return Err(differences.join("; "));
+        let prepared = self.open(&config, &header, &start.terms)?;
+        self.plan = DiskPlan::of(&start.terms);
+        if self.plan == DiskPlan::Mirrored {
+            for image in prepared.images() {
+                log::warn!(
+                    "disk image {} is being made a copy of the primary's: until the VM is protected it is no VM's disk",
+                    image.copy.path().display()
+                );
+            }
+            self.mirrored = Some(prepared.config().clone());
         }
         let memory = prepared.memory().clone();
         self.prepared = Some(prepared);
         Ok(memory)
+    }
+
+    fn images(&mut self) -> Vec<DiskImage> {
+        match (&self.prepared, self.plan) {
+            (Some(prepared), DiskPlan::Mirrored) => prepared.images(),
+            _ => Vec::new(),
+        }
     }
 
     fn load(
@@ -83,7 +185,14 @@ impl BackupHost for Standby {
     ) -> Result<InboxSender<run_loop::Message>, String> {
         let prepared = self.prepared.take().ok_or("the state came before the configuration")?;
         let vm = prepared
-            .replay(payload, &state.guest, state.paused, replay, self.shared.vm_doorbell())
+            .replay(
+                payload,
+                &state.guest,
+                state.paused,
+                replay,
+                self.plan,
+                self.shared.vm_doorbell(),
+            )
             .map_err(|error| format!("the backup cannot load this VM: {}", chain(&error)))?;
         let inbox = vm.inbox().clone();
         let mut shared = self.shared.lock();
@@ -106,6 +215,9 @@ impl BackupHost for Standby {
     }
 
     fn live(&mut self, terms: &Terms, status: FtStatus, generation: Generation) {
+        if let Some(config) = self.mirrored.take() {
+            marker::clear(&config);
+        }
         let mut state = self.shared.lock();
         state.membership = Some((terms.pair.clone(), generation));
         state.last = status;
@@ -120,10 +232,21 @@ impl BackupHost for Standby {
 
     fn discarded(&mut self, reason: &str) {
         log::warn!("the backup was discarded: {reason}");
+        for path in
+            self.mirrored.take().iter().flat_map(VmConfig::disks).filter_map(|d| d.path.as_ref())
+        {
+            log::warn!(
+                "disk image {} is no VM's disk now; the next copy makes it one again",
+                path.display()
+            );
+        }
         self.prepared = None;
         let mut state = self.shared.lock();
         state.config = None;
         let vm = state.vm.take();
+        if let Some(vm) = &vm {
+            vm.back_halves().halt_disks();
+        }
         state.last.reason = Some(reason.to_owned());
         drop(state);
         drop(vm);

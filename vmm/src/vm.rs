@@ -7,11 +7,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use hypervisor::{GuestMemory, Hypervisor};
 
-use crate::backends::{BackendError, Backends, EventSink};
+use crate::backends::{BackendError, Backends, DiskImage, EventSink};
 use crate::boot::{LoadError, Payload};
 use crate::config::VmConfig;
 use crate::guest::{Guest, GuestError, GuestState};
 use crate::machine::{HostFacts, layout};
+use crate::pair::marker::{self, Marked};
+use crate::run_loop::disks::{DiskPlan, FollowedDisks};
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
 use crate::run_loop::replay::Replay;
@@ -33,6 +35,9 @@ pub enum VmError {
     /// The guest cannot be made.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// Its image may not be what it seems.
+    #[error(transparent)]
+    Marked(#[from] Marked),
     /// Its memory cannot be had.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
@@ -50,6 +55,8 @@ pub struct Prepared {
     mailbox: Mailbox,
     backends: Arc<Backends>,
     config: VmConfig,
+    /// As it travels from host to host: with the paths of the first.
+    travelling: VmConfig,
     host: HostFacts,
     memory: GuestMemory,
 }
@@ -73,7 +80,8 @@ impl Prepared {
         let mailbox = Mailbox::new(&guest);
         let _ = slot.set(mailbox.sender.clone());
         let backends = Arc::new(backends);
-        Ok(Self { guest, mailbox, backends, config, host, memory })
+        let travelling = config.clone();
+        Ok(Self { guest, mailbox, backends, config, travelling, host, memory })
     }
 
     /// The memory, to be filled.
@@ -94,9 +102,27 @@ impl Prepared {
         self.backends.disk_sectors(&self.config)
     }
 
+    /// Has the next backup be told `config`, whose paths are not those of this host.
+    #[must_use]
+    pub fn travelling_as(self, config: VmConfig) -> Self {
+        Self { travelling: config, ..self }
+    }
+
+    /// Takes the images for this VM alone.
+    pub fn lock_disks(&self) -> Result<(), BackendError> {
+        self.backends.lock_disks()
+    }
+
+    /// The images, in the order of the configuration.
+    #[must_use]
+    pub fn images(&self) -> Vec<DiskImage> {
+        self.backends.images(&self.config)
+    }
+
     /// Boots the payload and runs.
     pub fn boot(mut self, payload: Payload, doorbell: Box<dyn VmDoorbell>) -> Result<Vm, VmError> {
         self.backends.lock_disks()?;
+        marker::check(&self.config)?;
         self.guest.set_payload(Arc::new(payload.clone()));
         self.guest.boot()?;
         let vm = self.live(payload, false, doorbell)?;
@@ -113,6 +139,7 @@ impl Prepared {
         doorbell: Box<dyn VmDoorbell>,
     ) -> Result<Vm, VmError> {
         self.backends.lock_disks()?;
+        marker::check(&self.config)?;
         self.guest.set_payload(Arc::new(payload.clone()));
         self.guest.restore(state)?;
         for (device, request) in self.guest.machine().outstanding() {
@@ -129,19 +156,28 @@ impl Prepared {
         Ok(vm)
     }
 
-    /// Replays a primary's log from `state`; memory has been filled. The back halves stay unstarted.
+    /// Replays a primary's log from `state`; memory has been filled. The back halves stay unstarted, but for disks that this
+    /// side works with itself, as `plan` says.
     pub fn replay(
         mut self,
         payload: Payload,
         state: &GuestState,
         paused: bool,
         replay: Replay,
+        plan: DiskPlan,
         doorbell: Box<dyn VmDoorbell>,
     ) -> Result<Vm, VmError> {
         self.guest.set_payload(Arc::new(payload.clone()));
         self.guest.restore(state)?;
         // Digests are about pages written from here on, on both sides.
         self.guest.take_dirty_pages()?;
+        let replay = if plan.backup_has_disks() {
+            self.backends.follow()?;
+            let outlet = Arc::clone(&self.backends) as Arc<dyn Outlet>;
+            replay.with_disks(&self.guest, FollowedDisks::new(plan, outlet))
+        } else {
+            replay
+        };
         let shared = Arc::new(VmShared::new(paused, doorbell));
         let observer = Arc::clone(&shared) as Arc<dyn Observer>;
         let vcpu = VcpuThread::replay(self.guest, replay, paused, self.mailbox, observer)
@@ -150,6 +186,7 @@ impl Prepared {
             vcpu,
             backends: self.backends,
             config: self.config,
+            travelling: self.travelling,
             host: self.host,
             memory: self.memory,
             payload: Arc::new(payload),
@@ -172,6 +209,7 @@ impl Prepared {
             vcpu,
             backends: self.backends,
             config: self.config,
+            travelling: self.travelling,
             host: self.host,
             memory: self.memory,
             payload: Arc::new(payload),
@@ -194,6 +232,7 @@ pub struct Vm {
     vcpu: VcpuThread,
     backends: Arc<Backends>,
     config: VmConfig,
+    travelling: VmConfig,
     host: HostFacts,
     memory: GuestMemory,
     payload: Arc<Payload>,
@@ -251,6 +290,12 @@ impl Vm {
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// Its configuration as a next backup is told it.
+    #[must_use]
+    pub fn travelling(&self) -> &VmConfig {
+        &self.travelling
     }
 
     /// What the machine took from the host it was first started on.

@@ -22,6 +22,7 @@ use crate::pair::backup::{BackupControl, BackupHost};
 use crate::pair::receive::Receiver;
 use crate::pair::tls::Security;
 use crate::protection::{Protection, Request};
+use crate::run_loop::disks::DiskPlan;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::{self, Command, CommandError};
 use crate::shared::{Shared, State};
@@ -278,13 +279,17 @@ impl Control for Vmm {
             capabilities.memory_bytes = capabilities.memory_bytes.min(most);
         }
         let backup = BackupConfig { who: self.who.clone(), capabilities };
+        let disks = config.disks.clone();
         let make_host = Box::new(move || {
             Box::new(Standby {
                 hypervisor: Arc::clone(&hypervisor),
                 shared: shared.clone(),
                 protection: protection.clone(),
                 security: chosen.clone(),
+                disks: disks.clone(),
                 prepared: None,
+                plan: DiskPlan::default(),
+                mirrored: None,
             }) as Box<dyn BackupHost>
         });
         self.receiver = Some(Receiver::start(listener, security, backup, make_host).map_err(fail)?);

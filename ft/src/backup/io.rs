@@ -33,8 +33,17 @@ pub enum Input {
         /// Why.
         reason: String,
     },
-    /// Memory and state are loaded; the vCPU replays from log position 0.
+    /// Memory, state and mirrored disks are loaded, the latter for good; the vCPU replays from log position 0.
     Loaded,
+    /// [`Action::CompareDisk`] has been done.
+    DiskCompared {
+        /// Which disk.
+        disk: u32,
+        /// The first of the blocks.
+        first: u64,
+        /// A bit for each, set where it differs.
+        differing: Vec<u8>,
+    },
     /// The vCPU has come this far.
     Executed {
         /// The point.
@@ -103,6 +112,33 @@ pub enum Action {
         first: u64,
         /// How many. Not checked against the size of memory.
         count: u64,
+    },
+    /// Compare blocks of a mirrored disk with these hashes, and give [`Input::DiskCompared`].
+    CompareDisk {
+        /// Which disk. Not checked, nor what follows.
+        disk: u32,
+        /// The first of the blocks.
+        first: u64,
+        /// A hash for each.
+        hashes: Vec<u8>,
+    },
+    /// Write to the image of a mirrored disk.
+    LoadDisk {
+        /// Which disk. Not checked, nor what follows.
+        disk: u32,
+        /// Where, in bytes.
+        offset: u64,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Have a range of the image of a mirrored disk read as zeroes.
+    ZeroDisk {
+        /// Which disk. Not checked, nor what follows.
+        disk: u32,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
     },
     /// Load CPU and devices, make a [`crate::Decoder`] at this point, and give [`Input::Loaded`].
     LoadState {

@@ -142,6 +142,12 @@ impl Backup {
                 }
                 _ => return Err(self.illegal("Loaded")),
             },
+            Input::DiskCompared { disk, first, differing } => {
+                // The primary may have given the copy up meanwhile.
+                if matches!(self.state, State::Receiving) {
+                    actions.push(Action::Send(Message::DiskDiffers { disk, first, differing }));
+                }
+            }
             Input::Executed { point, position, digests_compared } => {
                 if position > self.received || position < self.executed {
                     return Err(self.illegal("Executed beyond what was received"));

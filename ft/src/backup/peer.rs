@@ -5,7 +5,9 @@ use std::time::Duration;
 use super::state::{Asked, Cause, State};
 use super::{Action, Backup, MAX_LOG_BUFFER_BYTES};
 use crate::codec::MAX_RECORD_BYTES;
-use crate::message::{CloneStart, HELLO_MAGIC, Hello, MAX_FRAME_BYTES, Message, PAGE_BYTES};
+use crate::message::{
+    CloneStart, DISK_HASH_BYTES, HELLO_MAGIC, Hello, MAX_FRAME_BYTES, Message, PAGE_BYTES,
+};
 use crate::{LogPosition, PROTOCOL_VERSION, clip};
 
 impl Backup {
@@ -36,6 +38,18 @@ impl Backup {
             }
             Message::ZeroPages { first, count } if matches!(state, State::Receiving) => {
                 actions.push(Action::LoadZeroPages { first, count });
+            }
+            Message::DiskHashes { disk, first, hashes } if matches!(state, State::Receiving) => {
+                if hashes.is_empty() || !hashes.len().is_multiple_of(DISK_HASH_BYTES) {
+                    return self.violation(now, "sent part of a hash", actions);
+                }
+                actions.push(Action::CompareDisk { disk, first, hashes });
+            }
+            Message::DiskData { disk, offset, bytes } if matches!(state, State::Receiving) => {
+                actions.push(Action::LoadDisk { disk, offset, bytes });
+            }
+            Message::DiskZeroes { disk, offset, len } if matches!(state, State::Receiving) => {
+                actions.push(Action::ZeroDisk { disk, offset, len });
             }
             // Said behind the loading of what came before, since actions are performed in order.
             Message::RoundEnd { round } if matches!(state, State::Receiving) => {
@@ -86,6 +100,10 @@ impl Backup {
             | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
+            | Message::DiskHashes { .. }
+            | Message::DiskDiffers { .. }
+            | Message::DiskData { .. }
+            | Message::DiskZeroes { .. }
             | Message::RoundEnd { .. }
             | Message::RoundTaken { .. }
             | Message::State { .. }

@@ -90,15 +90,31 @@ pub enum Action {
     HangUp,
     /// Send memory while the guest runs, then pause it, send the rest and the state, start recording,
     /// resume it with outputs going to the gate, and give [`Input::CloneSent`]. Rounds end with
-    /// [`Message::RoundEnd`], which [`Action::RoundTaken`] answers.
+    /// [`Message::RoundEnd`], which [`Action::RoundTaken`] answers; [`Message::DiskHashes`] are answered
+    /// by [`Action::DiskDiffers`].
     StartClone,
     /// The backup has loaded everything up to the end of this round of the clone.
     RoundTaken {
         /// The round, or whatever the backup says it is.
         round: u64,
     },
+    /// The backup has compared blocks of a mirrored disk.
+    DiskDiffers {
+        /// Which disk.
+        disk: u32,
+        /// The first of the blocks, or whatever the backup says it is.
+        first: u64,
+        /// A bit for each, set where it differs.
+        differing: Vec<u8>,
+    },
     /// The VM is protected.
     Protected,
+    /// The backup has executed the log up to this position. Only given where it reads disks by itself, when outputs may wait
+    /// for it.
+    BackupExecuted {
+        /// The position.
+        position: LogPosition,
+    },
     /// Release the outputs up to this position. Each must be started before
     /// [`Primary::lease_until`] as it is at that moment, else wait for the lease to be renewed.
     Release {

@@ -44,7 +44,7 @@ use crate::detector::Detector;
 use crate::lag::LagControl;
 use crate::message::{Hello, MAX_CHUNK_BYTES, Message};
 use crate::status::Failover;
-use crate::{ExecutionPoint, LogPosition, Unequal, clip, micros};
+use crate::{DiskReads, ExecutionPoint, Generation, LogPosition, PairId, Unequal, clip, micros};
 
 /// The primary's state machine.
 #[derive(Clone, Debug)]
@@ -62,6 +62,7 @@ pub struct Primary {
     acknowledged: LogPosition,
     executed: LogPosition,
     released: LogPosition,
+    released_by_executed: LogPosition,
     recorded_point: ExecutionPoint,
     acknowledged_point: ExecutionPoint,
     executed_point: ExecutionPoint,
@@ -95,6 +96,7 @@ impl Primary {
             acknowledged: LogPosition(0),
             executed: LogPosition(0),
             released: LogPosition(0),
+            released_by_executed: LogPosition(0),
             recorded_point: ExecutionPoint(0),
             acknowledged_point: ExecutionPoint(0),
             executed_point: ExecutionPoint(0),
@@ -196,6 +198,11 @@ impl Primary {
             _ if self.state.releases() => self.lease_until,
             _ => Duration::ZERO,
         }
+    }
+
+    /// What this side is part of, and the period of protection.
+    pub fn membership(&self) -> (PairId, Generation) {
+        (self.config.terms.pair.clone(), self.config.terms.generation)
     }
 
     /// The end of the log that the backup has acknowledged.
@@ -325,8 +332,13 @@ impl Primary {
     }
 
     fn release(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if self.state.releases() && self.acknowledged > self.released && now < self.lease_until() {
+        // Where the backup reads by itself, outputs can wait for what it has executed.
+        let reads = self.config.terms.disk_reads == DiskReads::Backup;
+        let more = self.acknowledged > self.released
+            || (reads && self.executed > self.released_by_executed);
+        if self.state.releases() && more && now < self.lease_until() {
             self.released = self.acknowledged;
+            self.released_by_executed = self.executed;
             actions.push(Action::Release { through: self.acknowledged });
         }
     }

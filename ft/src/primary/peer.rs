@@ -7,7 +7,7 @@ use super::{Action, Primary};
 use crate::digest::MEMORY;
 use crate::message::{CloneStart, HELLO_MAGIC, Hello, Message};
 use crate::terms::same_host_refusal;
-use crate::{LogPosition, PROTOCOL_VERSION, clip};
+use crate::{DiskReads, LogPosition, PROTOCOL_VERSION, clip};
 
 impl Primary {
     pub(super) fn message(&mut self, now: Duration, message: Message, actions: &mut Vec<Action>) {
@@ -35,6 +35,9 @@ impl Primary {
             Message::RoundTaken { round } if matches!(state, State::Copying) => {
                 actions.push(Action::RoundTaken { round });
             }
+            Message::DiskDiffers { disk, first, differing } if matches!(state, State::Copying) => {
+                actions.push(Action::DiskDiffers { disk, first, differing });
+            }
             Message::Ready if matches!(state, State::Settling) => {
                 self.detector.set_timeout(now, self.config.terms.timing.failure_timeout());
                 actions.push(Action::Send(Message::Armed));
@@ -54,6 +57,9 @@ impl Primary {
             {
                 if position > self.appended {
                     return self.violation(now, "executed what was not yet recorded", actions);
+                }
+                if position > self.executed && self.config.terms.disk_reads == DiskReads::Backup {
+                    actions.push(Action::BackupExecuted { position });
                 }
                 self.executed = self.executed.max(position);
                 self.executed_point = self.executed_point.max(point);
@@ -98,6 +104,10 @@ impl Primary {
             | Message::Payload { .. }
             | Message::Pages { .. }
             | Message::ZeroPages { .. }
+            | Message::DiskHashes { .. }
+            | Message::DiskDiffers { .. }
+            | Message::DiskData { .. }
+            | Message::DiskZeroes { .. }
             | Message::RoundEnd { .. }
             | Message::RoundTaken { .. }
             | Message::State { .. }

@@ -33,6 +33,10 @@ impl World {
                     let delay = self.rng.range(500, 20_000);
                     self.after(delay, Happening::CloneStep { at: end, step });
                 }
+                primary::Action::DiskDiffers { .. } => {}
+                primary::Action::BackupExecuted { position } => {
+                    self.nodes[id].gate.executed(position);
+                }
                 primary::Action::Protected => self.search_protected(id),
                 primary::Action::Release { through } => {
                     self.release(id, through, true);
@@ -93,7 +97,10 @@ impl World {
                 }
                 backup::Action::LoadPayload { .. }
                 | backup::Action::LoadPages { .. }
-                | backup::Action::LoadZeroPages { .. } => {}
+                | backup::Action::LoadZeroPages { .. }
+                | backup::Action::CompareDisk { .. }
+                | backup::Action::LoadDisk { .. }
+                | backup::Action::ZeroDisk { .. } => {}
                 backup::Action::LoadState { point, bytes } => {
                     let node = &mut self.nodes[id];
                     node.guest = Some(postcard::from_bytes(&bytes).expect("a guest"));

@@ -3,8 +3,8 @@
 //! begins the next generation with fresh state machines.
 
 use ft::{
-    Backup, BackupConfig, Capabilities, DiskMode, FrameReader, Generation, PairId, Primary,
-    PrimaryConfig, Search, Terms, Timing,
+    Backup, BackupConfig, Capabilities, DiskMode, DiskReads, FrameReader, Generation, PairId,
+    Primary, PrimaryConfig, Search, Terms, Timing,
 };
 
 use crate::network::End;
@@ -158,6 +158,7 @@ impl World {
                 log_buffer_bytes: 4_000,
                 arbiter_url: "file:/nowhere".into(),
                 disk_mode: DiskMode::Shared,
+                disk_reads: DiskReads::Log,
                 same_host: false,
                 standbys,
                 standby: address(standby),

@@ -89,7 +89,8 @@ enum Command {
     /// tls_certificate=FILE and tls_key=FILE, or insecure=on on both sides for plain TCP. Without any of
     /// these, what dyad was started with (--ft-tls-dir). The primary is believed if its certificate is of
     /// the CA and, with allowed_peers=[NAME,...], names one of these. A VM with more than
-    /// max_memory_bytes=SIZE is refused.
+    /// max_memory_bytes=SIZE is refused. Disks have their images here where the primary has its own, unless
+    /// disks=[ID=PATH,...] says otherwise.
     FtReceive {
         /// listen_url=tcp:HOST:PORT[,tls_dir=DIR][,...]
         options: String,
@@ -100,9 +101,10 @@ enum Command {
     /// makes the next backup on one of them by itself, so name both sides' hosts.
     ///
     /// The backup's certificate must name HOST; for tls_dir and its like see ft-receive. The other keys,
-    /// with their defaults: mode=lockstep, disk_mode=shared, heartbeat_ms=20, failure_timeout_ms=300,
-    /// max_lag_ms=100, log_buffer_bytes=16M. With same_host=on a standby may be on the VM's own host, which
-    /// is refused else: to try protection out.
+    /// with their defaults: mode=lockstep, disk_mode=shared, disk_reads=log, heartbeat_ms=20,
+    /// failure_timeout_ms=300, max_lag_ms=100, log_buffer_bytes=16M. With disk_mode=mirrored each host has
+    /// images of its own; with disk_reads=backup the backup reads shared ones by itself. With same_host=on a
+    /// standby may be on the VM's own host, which is refused else: to try protection out.
     FtEnable {
         /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,tls_dir=DIR][,...]; URL is what both hosts must reach:
         /// file:/DIR, a shared directory, or etcd:[HOST:PORT,HOST:PORT,...]

@@ -26,6 +26,12 @@ impl Disk {
         Ok(Self { path })
     }
 
+    /// An image that is there.
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
     /// Where the image is.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -11,8 +11,8 @@
 //! ([`BlockBack::set_write_through`]).
 //!
 //! An error of the host reaches the guest as an I/O error of that request; its status is part of the completion, which
-//! is logged, so that both sides of a pair show the guest the same. Only requests submitted before the start are tried
-//! several times: those that were under way on another host.
+//! is logged, so that both sides of a pair show the guest the same. Only requests that were under way on another host are
+//! tried several times: those submitted before the start, and where it is asked for.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,7 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 
+use super::copy::ImageCopy;
 use super::engine;
 pub use super::engine::EngineKind;
 pub use super::faults::{Faults, Step, StepKind, Verdict};
@@ -176,6 +177,7 @@ pub struct BlockBack {
 pub(super) enum Submitted {
     Request { request: BlockRequest, at: Instant, patient: bool },
     Stable(mpsc::Sender<Result<(), Errno>>),
+    Live,
 }
 
 impl BlockBack {
@@ -257,6 +259,29 @@ impl BlockBack {
         Ok(())
     }
 
+    /// As [`Self::start`], for a side that follows another's VM: it takes no lock, and reads what the other wrote last.
+    /// Ends with [`Self::go_live`].
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn follow(&self, complete: CompletionSink) -> Result<(), BlockBackError> {
+        self.image.following.store(true, Ordering::Release);
+        self.start(complete)
+    }
+
+    /// A side that followed is the one that lives now. Any other call does nothing.
+    pub fn go_live(&self) {
+        if self.image.following.swap(false, Ordering::AcqRel) {
+            self.send(Submitted::Live);
+        }
+    }
+
+    /// The image, for those who copy it.
+    #[must_use]
+    pub fn copy(&self) -> ImageCopy {
+        ImageCopy::new(Arc::clone(&self.image))
+    }
+
     /// What does the I/O; `None` before the start.
     #[must_use]
     pub fn engine(&self) -> Option<EngineKind> {
@@ -272,6 +297,15 @@ impl BlockBack {
     /// Queues a request. It is executed once the disk is started. Takes no lock.
     pub fn submit(&self, request: BlockRequest) {
         let patient = !self.started.load(Ordering::Acquire);
+        self.queue(request, patient);
+    }
+
+    /// As [`Self::submit`], and tries it several times, with growing pauses, before it counts as failed.
+    pub fn submit_patiently(&self, request: BlockRequest) {
+        self.queue(request, true);
+    }
+
+    fn queue(&self, request: BlockRequest, patient: bool) {
         self.send(Submitted::Request { request, at: Instant::now(), patient });
     }
 

@@ -10,18 +10,22 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::unistd::{Whence, fdatasync};
 
 use super::back::{BlockBackError, BlockOptions};
+use super::copy::Written;
 use super::faults::{Faults, Step, Verdict};
 use super::job::{Aligned, DIRECT_ALIGNMENT, Io, Job};
 use super::valve::Valve;
 use crate::effect::SECTOR_SIZE;
+
+/// A page of the host's page cache, or more.
+const PAGE_BYTES: u64 = 4096;
 
 /// See the module's documentation.
 pub(super) struct Image {
@@ -31,6 +35,10 @@ pub(super) struct Image {
     pub direct: bool,
     /// Writes complete only when they are stable.
     pub write_through: AtomicBool,
+    /// Another host's VM works with it, and this one follows.
+    pub following: AtomicBool,
+    /// Who wants to know what is written.
+    written: Mutex<Option<Arc<Written>>>,
     bytes: u64,
     read_only: bool,
     lock_whole_file: bool,
@@ -75,6 +83,8 @@ impl Image {
             valve,
             direct,
             write_through: AtomicBool::new(false),
+            following: AtomicBool::new(false),
+            written: Mutex::default(),
             bytes,
             read_only,
             lock_whole_file: options.lock_whole_file,
@@ -82,6 +92,10 @@ impl Image {
             failures: AtomicU32::new(0),
             faults: options.faults.clone(),
         })
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     pub fn sectors(&self) -> u64 {
@@ -137,6 +151,40 @@ impl Image {
         if let Err(error) = posix_fadvise(self.file.as_fd(), 0, 0, advice) {
             log::debug!("disk {}: the page cache was kept: {error}", self.path.display());
         }
+    }
+
+    /// Before a request is handed to the host.
+    pub fn before(&self, job: &Job) {
+        if let Some((offset, len)) = job.writes() {
+            self.note(offset, len);
+        } else if self.following.load(Ordering::Acquire) && !self.locked() {
+            // What this host remembers may be older than what the other one has written.
+            let (offset, end) = (job.range().0, job.range().0 + job.range().1);
+            let start = offset / PAGE_BYTES * PAGE_BYTES;
+            let len = end.next_multiple_of(PAGE_BYTES) - start;
+            let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            let (start, len) = (start.cast_signed(), len.cast_signed());
+            // Where it cannot be had there is no page cache.
+            let _ = posix_fadvise(self.file.as_fd(), start, len, advice);
+        }
+    }
+
+    /// When the host has done with a request, before anybody hears of it.
+    pub fn after(&self, job: &Job) {
+        if let Some((offset, len)) = job.writes() {
+            self.note(offset, len);
+        }
+    }
+
+    fn note(&self, offset: u64, len: u64) {
+        if let Some(written) = &*self.written.lock().unwrap_or_else(PoisonError::into_inner) {
+            written.note(offset, len);
+        }
+    }
+
+    /// Has what is written noted there from now on.
+    pub fn track(&self, written: Option<Arc<Written>>) {
+        *self.written.lock().unwrap_or_else(PoisonError::into_inner) = written;
     }
 
     /// Makes the system call of a step.

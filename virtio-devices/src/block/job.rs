@@ -166,6 +166,21 @@ impl Job {
         }
     }
 
+    /// What it changes of the image: where, and how many bytes.
+    pub fn writes(&self) -> Option<(u64, u64)> {
+        match self.op {
+            BlockOp::Write { .. } | BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => {
+                Some(self.range())
+            }
+            BlockOp::Read { .. } | BlockOp::Flush => None,
+        }
+    }
+
+    /// What it touches of the image.
+    pub fn range(&self) -> (u64, u64) {
+        (self.offset, self.len)
+    }
+
     /// Whether the next step is a sync, which it may share with others.
     pub fn wants_sync(&self) -> bool {
         self.stage == Stage::Sync

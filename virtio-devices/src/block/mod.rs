@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, 5.2).
 
 pub mod back;
+pub mod copy;
 mod engine;
 mod faults;
 mod front;

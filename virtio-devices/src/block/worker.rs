@@ -63,10 +63,8 @@ impl Queues {
 
 impl Worker {
     pub fn run(mut self) {
-        if !self.image.locked() {
-            // A side that goes live: until now another host wrote to the image.
-            self.image.forget_cached();
-            self.queues.lock_at = Some(Instant::now());
+        if !self.image.following.load(Ordering::Acquire) {
+            self.lives();
         }
         loop {
             self.try_lock();
@@ -81,6 +79,15 @@ impl Worker {
                 return;
             }
             self.wait();
+        }
+    }
+
+    /// From now on this VM is the one that works with the image.
+    fn lives(&mut self) {
+        if !self.image.locked() {
+            // A side that goes live: until now another host wrote to the image.
+            self.image.forget_cached();
+            self.queues.lock_at = Some(Instant::now());
         }
     }
 
@@ -101,6 +108,7 @@ impl Worker {
                         Err(_) => self.answer(id, BlockStatus::IoError, Vec::new()),
                     }
                 }
+                Submitted::Live => self.lives(),
                 Submitted::Stable(told) => self.queues.ready.push_back(Job::stable(told)),
             }
         }
@@ -139,6 +147,7 @@ impl Worker {
                 self.queues.to_sync.push(job);
                 continue;
             }
+            self.image.before(&job);
             match self.image.verdict(&mut job) {
                 Verdict::Go => batch.push(job),
                 Verdict::AtMost(bytes) => {
@@ -224,6 +233,7 @@ impl Worker {
         if let Err(error) = result {
             self.image.report(&job, error);
         }
+        self.image.after(&job);
         match &job.reply {
             Reply::Stable(told) => {
                 // Whoever asked may have given up.

@@ -1,11 +1,12 @@
 //! Bodies of the calls about protection: `ft.receive`, `ft.enable`, `ft.status`.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use ::ft::search::MAX_STANDBYS;
-pub use ::ft::status::{CloneStatus, Failover};
-pub use ::ft::{ArbiterUrl, DiskMode, FtStatus};
+pub use ::ft::status::{ClonePhase, CloneStatus, Failover};
+pub use ::ft::{ArbiterUrl, DiskMode, DiskReads, FtStatus};
 use ::ft::{BadTiming, Timing};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -86,6 +87,32 @@ pub struct FtReceiveConfig {
     /// A VM with more memory than this is refused; without it, one with more than the host has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_memory_bytes: Option<u64>,
+    /// Where disks have their images on this host; the others have them where the primary has its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskPath>,
+}
+
+/// The image of a disk on one host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskPath {
+    /// The disk's id, as in `vm.info`.
+    pub id: String,
+    /// Its image.
+    pub path: PathBuf,
+}
+
+impl FromStr for DiskPath {
+    type Err = UrlError;
+
+    /// `ID=PATH`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            Some((id, path)) if !id.is_empty() && !path.is_empty() => {
+                Ok(Self { id: id.to_owned(), path: path.into() })
+            }
+            _ => Err(UrlError::NotDiskPath(text.to_owned())),
+        }
+    }
 }
 
 /// Body of `ft.enable`.
@@ -114,6 +141,9 @@ pub struct FtEnableConfig {
     /// both sides.
     #[serde(default, skip_serializing_if = "is_false")]
     pub same_host: bool,
+    /// Where the backup has from what the guest reads of shared disks.
+    #[serde(default)]
+    pub disk_reads: DiskReads,
     /// Milliseconds between heartbeats.
     #[serde(default = "default_heartbeat_ms")]
     pub heartbeat_ms: u64,
@@ -154,6 +184,9 @@ pub enum FtConfigError {
     /// A mode Dyad does not have yet.
     #[error("Dyad does not support {0} yet")]
     Unsupported(&'static str),
+    /// A choice that is none.
+    #[error("'disk_reads' is about shared disks: of mirrored ones each side reads its own")]
+    Reads,
     /// Nobody to ask.
     #[error("neither 'backup_url' nor 'standbys' names a backup")]
     NoStandby,
@@ -182,6 +215,7 @@ impl FtEnableConfig {
             arbiter_url,
             disk_mode: default_disk_mode(),
             same_host: false,
+            disk_reads: DiskReads::default(),
             heartbeat_ms: default_heartbeat_ms(),
             failure_timeout_ms: default_failure_timeout_ms(),
             max_lag_ms: default_max_lag_ms(),
@@ -194,8 +228,8 @@ impl FtEnableConfig {
         if self.mode == FtMode::Checkpoint {
             return Err(FtConfigError::Unsupported("protection by checkpoints: 'mode' checkpoint"));
         }
-        if self.disk_mode == DiskMode::Mirrored {
-            return Err(FtConfigError::Unsupported("mirrored disks: 'disk_mode' mirrored"));
+        if self.disk_reads == DiskReads::Backup && self.disk_mode == DiskMode::Mirrored {
+            return Err(FtConfigError::Reads);
         }
         if self.candidates().next().is_none() {
             return Err(FtConfigError::NoStandby);
@@ -229,12 +263,13 @@ impl FtReceiveConfig {
             security: ChannelSecurity::default(),
             allowed_peers: Vec::new(),
             max_memory_bytes: None,
+            disks: Vec::new(),
         }
     }
 
     /// `listen_url=tcp:HOST:PORT,tls_dir=/DIR,...`
     pub fn from_option(text: &str) -> Result<Self, OptionStringError> {
-        let own = ["listen_url", "allowed_peers", "max_memory_bytes"];
+        let own = ["listen_url", "allowed_peers", "max_memory_bytes", "disks"];
         let keys = [&own[..], &ChannelSecurity::KEYS].concat();
         let options = OptionString::parse(text, &keys, &[])?;
         let listen_url = options.value("listen_url", "tcp:HOST:PORT")?;
@@ -242,6 +277,7 @@ impl FtReceiveConfig {
             security: ChannelSecurity::from_options(&options)?,
             allowed_peers: options.list("allowed_peers", "[NAME,...]")?.unwrap_or_default(),
             max_memory_bytes: options.size("max_memory_bytes")?,
+            disks: options.list("disks", "[ID=PATH,...]")?.unwrap_or_default(),
             ..Self::new(listen_url.ok_or(OptionStringError::Missing("listen_url"))?)
         })
     }
@@ -260,6 +296,7 @@ impl FtEnableConfig {
             "arbiter_url",
             "disk_mode",
             "same_host",
+            "disk_reads",
             "heartbeat_ms",
             "failure_timeout_ms",
             "max_lag_ms",
@@ -276,6 +313,7 @@ impl FtEnableConfig {
         let arbiter_url = arbiter_url.ok_or(OptionStringError::Missing("arbiter_url"))?;
         let modes = [("lockstep", FtMode::Lockstep), ("checkpoint", FtMode::Checkpoint)];
         let disk_modes = [("shared", DiskMode::Shared), ("mirrored", DiskMode::Mirrored)];
+        let disk_reads = [("log", DiskReads::Log), ("backup", DiskReads::Backup)];
         let ms = |key, default| {
             options.value(key, "a number of milliseconds").map(|value| value.unwrap_or(default))
         };
@@ -288,6 +326,7 @@ impl FtEnableConfig {
             arbiter_url,
             disk_mode: options.choice("disk_mode", &disk_modes)?.unwrap_or(default_disk_mode()),
             same_host: options.toggle("same_host", false)?,
+            disk_reads: options.choice("disk_reads", &disk_reads)?.unwrap_or_default(),
             heartbeat_ms: ms("heartbeat_ms", default_heartbeat_ms())?,
             failure_timeout_ms: ms("failure_timeout_ms", default_failure_timeout_ms())?,
             max_lag_ms: ms("max_lag_ms", default_max_lag_ms())?,
@@ -404,11 +443,33 @@ mod tests {
     }
 
     #[test]
+    fn disks_are_shared_or_mirrored_and_each_host_may_have_its_own_paths() {
+        let text = "backup_url=tcp:10.0.0.2:7700,arbiter_url=file:/shared,disk_mode=mirrored";
+        let config = FtEnableConfig::from_option(text).unwrap();
+        assert_eq!(config.disk_mode, DiskMode::Mirrored);
+        assert_eq!(config, enable(|json| json["disk_mode"] = json!("mirrored")).unwrap());
+        let reads = FtEnableConfig::from_option(&format!("{text},disk_reads=backup")).unwrap();
+        assert_eq!(reads.validate(), Err(FtConfigError::Reads));
+        let reads = enable(|json| json["disk_reads"] = json!("backup")).unwrap();
+        assert_eq!(reads.disk_reads, DiskReads::Backup);
+        let text = "listen_url=tcp:h:1,disks=[_disk0=/images/a.raw, data=/images/b=c.raw]";
+        let receive = FtReceiveConfig::from_option(text).unwrap();
+        let json = json!({"listen_url": "tcp:h:1", "disks": [
+            {"id": "_disk0", "path": "/images/a.raw"}, {"id": "data", "path": "/images/b=c.raw"}]});
+        assert_eq!(serde_json::to_value(&receive).unwrap(), json);
+        for disks in ["_disk0", "[_disk0]", "[=x]", "[a=]"] {
+            let text = format!("listen_url=tcp:h:1,disks={disks}");
+            assert!(FtReceiveConfig::from_option(&text).is_err(), "{disks}");
+        }
+    }
+
+    #[test]
     fn what_cannot_work_is_refused_by_name() {
         for (key, value) in [
             ("mode", json!("checkpoint")),
             ("mode", json!("Lockstep")),
-            ("disk_mode", json!("mirrored")),
+            ("disk_mode", json!("none")),
+            ("disk_reads", json!("none")),
             ("heartbeat_ms", json!(0)),
             ("failure_timeout_ms", json!(30)),
             ("max_lag_ms", json!(0)),

@@ -96,6 +96,17 @@ impl Page {
             self.gauge("dyad_ft_clone_memory_bytes", total_help, clone.total_bytes)?;
             let sent_help = "Memory copied to the backup, repeats included";
             self.gauge("dyad_ft_clone_sent_bytes", sent_help, clone.sent_bytes)?;
+            let total_help = "Bytes of mirrored disks";
+            self.gauge("dyad_ft_clone_disk_bytes", total_help, clone.disk_total_bytes)?;
+            let compared_help = "Bytes of mirrored disks compared with the backup's";
+            self.gauge(
+                "dyad_ft_clone_disk_compared_bytes",
+                compared_help,
+                clone.disk_compared_bytes,
+            )?;
+            let copied_help =
+                "Bytes of mirrored disks that differed, or were written meanwhile, and were copied";
+            self.gauge("dyad_ft_clone_disk_copied_bytes", copied_help, clone.disk_copied_bytes)?;
             if let Some(pause_us) = clone.pause_us {
                 let pause_help = "Time that the guest stood still for the copy";
                 self.float("dyad_ft_clone_pause_seconds", pause_help, seconds(pause_us))?;

@@ -141,6 +141,9 @@ pub enum UrlError {
     /// Not `tcp:`.
     #[error("'{0}' is no TCP address: expected tcp:HOST:PORT, as in tcp:10.0.0.2:7700")]
     NotTcp(String),
+    /// Not `ID=PATH`.
+    #[error("'{0}' names no image of a disk: expected ID=PATH, as in _disk0=/images/vm.raw")]
+    NotDiskPath(String),
 }
 
 /// `file:///path`, also in the short form `file:/path`.

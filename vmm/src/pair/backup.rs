@@ -20,8 +20,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::boot_time;
 use super::clone::CloneState;
+use super::images::{Images, Told};
 use super::side::{Core, Handle, Side};
 use super::wire::Wire;
+use crate::backends::DiskImage;
 use crate::boot::Payload;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::Outlet;
@@ -36,7 +38,10 @@ pub trait BackupHost: Send {
     /// Makes the VM of `start` as far as possible without its memory: allocates that, opens disks and
     /// network without starting them. An error is told to the primary's operator.
     fn prepare(&mut self, start: &CloneStart) -> Result<GuestMemory, String>;
-    /// Memory is filled. Loads the rest and starts the vCPU thread on `replay`.
+    /// The images of mirrored disks, in the order of the configuration, to be made copies of the primary's. None if
+    /// the disks are shared.
+    fn images(&mut self) -> Vec<DiskImage>;
+    /// Memory and images are filled. Loads the rest and starts the vCPU thread on `replay`.
     fn load(
         &mut self,
         payload: Payload,
@@ -77,6 +82,8 @@ impl BackupControl {
 struct Progress {
     executed: Mutex<(LogPosition, ExecutionPoint)>,
     digests: AtomicU64,
+    /// The disk that the guest waits for, and whether it failed there.
+    awaits: Mutex<Option<(u8, bool)>>,
 }
 
 /// The vCPU thread's end of [`Progress`].
@@ -85,6 +92,7 @@ struct ProgressReporter {
     /// The latest published, and the latest the ft thread was woken for.
     executed: LogPosition,
     told: LogPosition,
+    awaits_disk: bool,
     side: Handle<Backup>,
     waker: Arc<EventFd>,
 }
@@ -96,6 +104,19 @@ impl ReplayObserver for ProgressReporter {
         // every message and heartbeat.
         *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner) = (position, point);
         self.executed = position;
+        if std::mem::take(&mut self.awaits_disk) {
+            *self.progress.awaits.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    fn awaits_disk(&mut self, device: u8, failed: bool) {
+        let mut awaits = self.progress.awaits.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = failed || awaits.is_some_and(|(_, failed)| failed);
+        *awaits = Some((device, failed));
+        drop(awaits);
+        self.awaits_disk = true;
+        // How far this side is, is told now, as with an empty log.
+        self.log_empty();
     }
 
     fn log_empty(&mut self) {
@@ -133,6 +154,8 @@ pub(super) struct BackupSide {
     memory: Option<GuestMemory>,
     payload: Vec<u8>,
     inbox: Option<InboxSender<run_loop::Message>>,
+    /// Until mirrored disks are loaded for good.
+    images: Option<Images>,
     arbiter: Option<Arc<dyn Arbiter>>,
     progress: Arc<Progress>,
     /// Pieces of log on their way to the vCPU thread. They wait for the acknowledgement to have been written: the
@@ -155,6 +178,7 @@ impl BackupSide {
             memory: None,
             payload: Vec::new(),
             inbox: None,
+            images: None,
             arbiter: None,
             progress: Arc::default(),
             log: Vec::new(),
@@ -199,8 +223,16 @@ impl Side for BackupSide {
 
     fn update_status(&mut self) {
         let now = boot_time();
-        let machine = &self.core.machine;
-        self.core.status.update(now, machine.state_name(), |status| machine.status(status));
+        let (machine, progress) = (&self.core.machine, &self.progress);
+        self.core.status.update(now, machine.state_name(), |status| {
+            machine.status(status);
+            let awaits = *progress.awaits.lock().unwrap_or_else(PoisonError::into_inner);
+            if let (None, Some((device, true))) = (&status.reason, awaits) {
+                status.reason = Some(format!(
+                    "a request failed on this side's disk in slot {device} and is tried again; the backup falls behind"
+                ));
+            }
+        });
     }
 }
 
@@ -232,14 +264,28 @@ impl BackupSide {
             }
             Action::LoadPages { first, bytes } => self.load_pages(first, &bytes)?,
             Action::LoadZeroPages { first, count } => self.load_zero_pages(first, count)?,
+            Action::CompareDisk { disk, first, hashes } => {
+                self.images()?.compare(disk, first, hashes);
+            }
+            Action::LoadDisk { disk, offset, bytes } => self.images()?.write(disk, offset, bytes),
+            Action::ZeroDisk { disk, offset, len } => self.images()?.zero(disk, offset, len),
             Action::LoadState { point, bytes } => {
+                if let Some(images) = &self.images {
+                    images.settle();
+                }
                 self.load_state(point, &bytes)?;
-                self.step(Input::Loaded);
+                match &self.images {
+                    Some(images) => images.make_stable(),
+                    None => self.step(Input::Loaded),
+                }
             }
             Action::Replay { bytes, .. } => {
                 self.log.push(run_loop::Message::Log { bytes, received: Instant::now() });
             }
-            Action::Protected => self.host()?.protected(),
+            Action::Protected => {
+                self.images = None;
+                self.host()?.protected();
+            }
             Action::Claim { pair, generation, who } => {
                 if let Some(arbiter) = &self.arbiter {
                     self.core.claim(arbiter, pair, generation, who);
@@ -247,6 +293,8 @@ impl BackupSide {
             }
             Action::GoLive { generation, .. } => self.go_live(generation)?,
             Action::Discard { reason } => {
+                // Whoever uses the images next finds them closed.
+                self.images = None;
                 if let Some(inbox) = &self.inbox {
                     inbox.send(run_loop::Message::Command(Command::Halt));
                 }
@@ -271,7 +319,25 @@ impl BackupSide {
         let admit = self.admit.take().ok_or("a second VM was sent")?;
         let host = self.host.insert(admit()?);
         self.memory = Some(host.prepare(start)?);
+        let disks = host.images();
+        if !disks.is_empty() {
+            let side = self.core.handle.clone();
+            let tell = move |told| {
+                side.tell(match told {
+                    Told::Compared { disk, first, differing } => {
+                        Input::DiskCompared { disk, first, differing }
+                    }
+                    Told::Stable => Input::Loaded,
+                    Told::Failed(reason) => Input::Failed { reason },
+                });
+            };
+            self.images = Some(Images::start(disks, tell)?);
+        }
         Ok(())
+    }
+
+    fn images(&self) -> Result<&Images, String> {
+        self.images.as_ref().ok_or_else(|| "disk blocks came, and no disk is mirrored".into())
     }
 
     fn host(&mut self) -> Result<&mut dyn BackupHost, String> {
@@ -307,6 +373,7 @@ impl BackupSide {
             progress: Arc::clone(&self.progress),
             executed: LogPosition(0),
             told: LogPosition(0),
+            awaits_disk: false,
             side: self.core.handle.clone(),
             waker: self.core.handle.waker(),
         };

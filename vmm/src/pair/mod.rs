@@ -18,6 +18,8 @@ pub mod arbiter;
 pub mod backup;
 pub mod channel;
 pub mod clone;
+pub mod images;
+pub mod marker;
 pub mod primary;
 pub mod receive;
 mod side;
@@ -51,7 +53,7 @@ pub fn capabilities() -> Capabilities {
         devices: ["virtio-blk", "virtio-net", "virtio-console", "virtio-rng", "serial"]
             .map(String::from)
             .to_vec(),
-        disk_modes: vec![DiskMode::Shared],
+        disk_modes: vec![DiskMode::Shared, DiskMode::Mirrored],
     }
 }
 

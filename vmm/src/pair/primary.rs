@@ -12,20 +12,23 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ft::primary::{Action, Input};
 use ft::status::{Failover, FtStatus};
 use ft::{
-    Arbiter, DiskMode, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig,
-    Unequal,
+    Arbiter, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig, Unequal,
 };
 use hypervisor::GuestMemory;
 
 use super::boot_time;
-use super::clone::way::{CloneProgress, WayOut, way};
+use super::clone::way::{CloneProgress, Compared, WayOut, way};
 use super::clone::{CloneSender, CloneStep};
+use super::marker::{self, Part};
 use super::side::{Core, Handle, Side};
 use super::wire::Wire;
+use crate::backends::DiskImage;
 use crate::boot::Payload;
+use crate::config::VmConfig;
+use crate::run_loop::disks::DiskPlan;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::outgoing::{Outgoing, Outlet};
-use crate::run_loop::recorder::{Feedback, FromVcpu, Recorder};
+use crate::run_loop::recorder::{Feedback, FromVcpu, HeldOutput, Recorder};
 use crate::run_loop::{self, Command};
 
 /// While more than this waits for the socket, no more of the clone is taken.
@@ -65,6 +68,10 @@ pub struct PrimaryParts {
     pub payload: Arc<Payload>,
     /// The back halves.
     pub outlet: Arc<dyn Outlet>,
+    /// The images, if they are mirrored.
+    pub disks: Vec<DiskImage>,
+    /// The VM's configuration, as it is here.
+    pub local: VmConfig,
     /// The control thread.
     pub observer: Box<dyn PrimaryObserver>,
 }
@@ -83,7 +90,7 @@ impl PrimaryThread {
         let (flush_sender, flushes) = crossbeam_channel::unbounded();
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
-        let shared_disks = parts.config.terms.disk_mode == DiskMode::Shared;
+        let plan = DiskPlan::of(&parts.config.terms);
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
         let mut side = PrimarySide {
             core: Core::new(machine, parts.wire, actions).map_err(fail)?,
@@ -93,7 +100,9 @@ impl PrimaryThread {
             memory: parts.memory,
             payload: parts.payload,
             outlet: parts.outlet,
-            shared_disks,
+            plan,
+            disks: parts.disks,
+            local: parts.local,
             observer: parts.observer,
             feedback: Arc::default(),
             log_full: false,
@@ -158,8 +167,11 @@ struct PrimarySide {
     memory: GuestMemory,
     payload: Arc<Payload>,
     outlet: Arc<dyn Outlet>,
-    /// The backup reads what this side writes.
-    shared_disks: bool,
+    /// What the backup does with disks.
+    plan: DiskPlan,
+    /// Until they are copied.
+    disks: Vec<DiskImage>,
+    local: VmConfig,
     observer: Box<dyn PrimaryObserver>,
     feedback: Arc<Feedback>,
     /// The state machine wants the guest to wait.
@@ -197,7 +209,20 @@ impl Side for PrimarySide {
                     clone.way.round_taken(round);
                 }
             }
+            Action::DiskDiffers { disk, first, differing } => {
+                let compared = Compared { disk, first, differing };
+                if let Some(clone) = &self.clone
+                    && !clone.way.compared(compared)
+                {
+                    let reason = "the backup answers what it was not asked".to_owned();
+                    self.step(Input::CloneFailed { reason });
+                }
+            }
             Action::Protected => self.observer.protected(),
+            Action::BackupExecuted { position } => {
+                self.gate.executed(position);
+                self.feedback.executed(position);
+            }
             Action::Release { through } => {
                 let outlet = &self.outlet;
                 let released = self
@@ -263,6 +288,7 @@ impl Side for PrimarySide {
             status.held_output_bytes = gate.held_bytes() as u64;
             status.output_delay = gate.delays();
             progress.read(status.clone.get_or_insert_default());
+            progress.read_disks(&mut status.clone_disks);
         });
     }
 }
@@ -270,6 +296,9 @@ impl Side for PrimarySide {
 impl PrimarySide {
     /// Outputs that have been released but not yet performed are the back halves' to stop.
     fn renew_lease(&mut self) {
+        if self.plan == DiskPlan::Mirrored {
+            return; // what this side writes to its own image nobody else ever sees
+        }
         let until = self.core.machine.lease_until();
         let lease = (until < Duration::MAX).then_some(until);
         if lease != self.lease {
@@ -303,7 +332,8 @@ impl PrimarySide {
                 FromVcpu::Flush(flush) => {
                     for held in flush.outputs {
                         let size = held.outgoing.size();
-                        self.gate.hold(held.made, held.number, held.position, size, held.outgoing);
+                        let HeldOutput { number, position, behind, made, outgoing } = held;
+                        self.gate.hold_behind(made, number, position, behind, size, outgoing);
                     }
                     for (point, pages) in flush.digests {
                         self.step(Input::Digested { point, pages });
@@ -337,17 +367,25 @@ impl PrimarySide {
             inbox: self.inbox.clone(),
             memory: self.memory.clone(),
             payload: Arc::clone(&self.payload),
+            disks: std::mem::take(&mut self.disks),
             way,
             progress: Arc::clone(&self.progress),
         };
         let (waker, feedback) = (self.core.handle.waker(), Arc::clone(&self.feedback));
-        let recorder = move |point| Recorder::new(point, flush_sender, waker, feedback);
+        let plan = self.plan;
+        let recorder =
+            move |point| Recorder::new(point, flush_sender, waker, feedback).with_plan(plan);
         let thread = std::thread::Builder::new().name("clone".into());
-        let (outlet, shared_disks) = (Arc::clone(&self.outlet), self.shared_disks);
+        let (outlet, local) = (Arc::clone(&self.outlet), self.local.clone());
+        let (pair, generation) = self.core.machine.membership();
         let work = move || {
-            // The backup is armed only after this has ended; from then on all that is completed is stable.
-            let stable = if shared_disks { outlet.set_write_through(true) } else { Ok(()) };
-            match stable {
+            // The backup is armed only after this has ended. From then on all that is completed on a shared disk is
+            // stable, and an image of a pair is known for one.
+            let ready = match plan {
+                DiskPlan::Mirrored => marker::set(&local, Part::Primary, &pair, generation),
+                DiskPlan::Primary | DiskPlan::BackupReads => outlet.set_write_through(true),
+            };
+            match ready {
                 Ok(()) => clone.run(recorder),
                 Err(reason) => clone.fail(reason),
             }
@@ -362,6 +400,9 @@ impl PrimarySide {
 
     /// Frames and console bytes leave in the call that releases them; only disk requests take time.
     fn quiesce(&mut self) {
+        if self.plan == DiskPlan::Mirrored {
+            return self.step(Input::Quiesced);
+        }
         let outlet = Arc::clone(&self.outlet);
         let handle = self.core.handle.clone();
         let close = move || {
@@ -388,6 +429,9 @@ impl PrimarySide {
         if let Some(handle) = self.quiescing.take() {
             // Else it could close the disks after they have been opened.
             let _ = handle.join();
+        }
+        if self.plan == DiskPlan::Mirrored {
+            marker::clear(&self.local);
         }
         self.outlet.open_disks();
         if let Err(error) = self.outlet.set_write_through(false) {

@@ -240,6 +240,10 @@ mod tests {
             Err("no room".into())
         }
 
+        fn images(&mut self) -> Vec<crate::backends::DiskImage> {
+            Vec::new()
+        }
+
         fn load(
             &mut self,
             _: Payload,

@@ -4,13 +4,16 @@
 //! logged with that point, and each output waits for its place in the log to be acknowledged; without one
 //! outputs leave at once. Nothing else differs, so that a guest behaves alike protected and not.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ft::{Control, Entry, Event};
 use hypervisor::{Anchor, Exit};
+use virtio_devices::BlockStatus;
 
-use super::outgoing::{Outlet, Routed, route};
+use super::disks::{DiskPlan, UnderWay};
+use super::outgoing::{Outgoing, Outlet, Routed, route};
 use super::pacer::Pacer;
 use super::recorder::Recorder;
 use super::throttle::Throttle;
@@ -61,6 +64,10 @@ pub struct Live {
     outputs_due: u64,
     /// Execution point until which outputs wait for others.
     gathering_until: u64,
+    /// What this side's disks had done for a guest that was not so far.
+    early: Vec<Event>,
+    /// Requests that this side's disks had begun when the guest went live here.
+    inherited: BTreeSet<(u8, u64)>,
 }
 
 impl Live {
@@ -80,11 +87,20 @@ impl Live {
             next_flush_tsc: 0,
             outputs_due: u64::MAX,
             gathering_until: 0,
+            early: Vec::new(),
+            inherited: BTreeSet::new(),
         }
     }
 
+    /// Goes on with what the disks of this side, which was a backup, have under way.
+    #[must_use]
+    pub fn with_disks_under_way(self, disks: UnderWay) -> Self {
+        Self { early: disks.done, inherited: disks.running.into_iter().collect(), ..self }
+    }
+
     /// Becomes the recording side of a pair.
-    pub fn start_recording(&mut self, guest: &Guest, recorder: Box<Recorder>) {
+    pub fn start_recording(&mut self, guest: &Guest, mut recorder: Box<Recorder>) {
+        recorder.begin(guest);
         self.next_digest_tsc = guest.tsc() + DIGEST_INTERVAL_NS;
         self.next_flush_tsc = guest.tsc();
         self.anchor_due = guest.point().0;
@@ -123,15 +139,40 @@ impl Live {
 
     /// Applies an input here and logs it.
     pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
+        if self.issue_again(guest, &event) {
+            return Ok(());
+        }
         self.wake(guest)?;
+        let stripped = match (&mut self.recorder, &event) {
+            (Some(recorder), Event::DiskCompletion { .. }) => Some(recorder.logged(guest, &event)),
+            _ => None,
+        };
         guest.apply(&event)?;
         if let Event::Frames { device, .. } = event {
             self.backlogged.push(device);
         }
-        self.record(guest, Entry::Event(event));
+        self.record(guest, Entry::Event(stripped.unwrap_or(event)));
         self.drain_effects(guest)?;
         self.take_more(guest);
         Ok(())
+    }
+
+    /// A request that was under way when the guest went live here is not reported as failed before it was tried as
+    /// patiently as one that is issued again.
+    fn issue_again(&mut self, guest: &Guest, event: &Event) -> bool {
+        let &Event::DiskCompletion { device, request: id, status, .. } = event else {
+            return false;
+        };
+        if !self.inherited.remove(&(device, id)) || status == BlockStatus::Ok.byte() {
+            return false;
+        }
+        let mut all = guest.machine().outstanding().into_iter();
+        let found = all.find(|(slot, request)| *slot == device && request.id == id);
+        let again = found.is_some();
+        if let Some((device, request)) = found {
+            self.outlet.block_patiently(device, request);
+        }
+        again
     }
 
     /// Asks for more frames where the guest has taken what came. Until then they wait outside: a guest that
@@ -157,6 +198,9 @@ impl Live {
     pub fn advance(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
         if !guest.counts_exactly() {
             return self.advance_uncounted(guest);
+        }
+        for event in std::mem::take(&mut self.early) {
+            self.apply(guest, event)?;
         }
         if guest.point().0 >= self.outputs_due {
             self.send_outputs(guest);
@@ -264,12 +308,18 @@ impl Live {
         let (mut end, mut outputs) = (None, false);
         for effect in std::mem::take(guest.effects()) {
             match route(effect) {
-                Routed::Output(outgoing) => match &mut self.recorder {
-                    Some(recorder) => {
+                Routed::Output(outgoing) => match (&mut self.recorder, outgoing) {
+                    // On this side's own image, which the other never sees.
+                    (Some(recorder), Outgoing::Block { device, request })
+                        if recorder.plan() == DiskPlan::Mirrored =>
+                    {
+                        self.outlet.block(device, recorder.plan().request(request));
+                    }
+                    (Some(recorder), outgoing) => {
                         recorder.output(point, outgoing);
                         outputs = true;
                     }
-                    None => outgoing.release(&*self.outlet),
+                    (None, outgoing) => outgoing.release(&*self.outlet),
                 },
                 Routed::Block(device, request) => self.outlet.block(device, request),
                 Routed::Entropy(device, len) => self.outlet.entropy(device, len),

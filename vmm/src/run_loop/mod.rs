@@ -17,10 +17,12 @@
 //! What must hold: only this thread touches the guest. In a protected VM nothing reaches the guest except
 //! as a record that both sides apply at the same execution point.
 
+pub mod disks;
 pub mod inbox;
 pub mod live;
 pub mod outgoing;
 pub mod pacer;
+pub mod ranges;
 pub mod recorder;
 pub mod replay;
 pub mod throttle;
@@ -327,6 +329,7 @@ impl RunLoop {
                     Some(go_live) => self.go_live(*go_live),
                     None => self.wait(None),
                 },
+                replay::Next::AwaitsDisk => self.wait(None),
                 replay::Next::Paused(paused) => {
                     self.set_paused(paused);
                     Ok(Flow::Continue)
@@ -375,6 +378,11 @@ impl RunLoop {
     }
 
     fn event(&mut self, event: Event) -> Result<(), GuestError> {
+        if let Driver::Replay(replay) = &mut self.driver {
+            // What this side's own disks have done. Of other back halves nothing is asked yet.
+            replay.completed(event);
+            return Ok(());
+        }
         if self.paused || self.frozen {
             // Devices have only so many requests, and a network so many batches, under way.
             self.deferred.push(event);

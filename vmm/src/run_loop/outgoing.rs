@@ -11,6 +11,8 @@ use crate::machine::MachineEffect;
 pub trait Outlet: Send + Sync {
     /// Starts a disk request; its completion arrives as an event.
     fn block(&self, device: u8, request: BlockRequest);
+    /// As [`Outlet::block`]; tries several times, with growing pauses, before the request counts as failed.
+    fn block_patiently(&self, device: u8, request: BlockRequest);
     /// Sends frames.
     fn frames(&self, device: u8, frames: &[Vec<u8>]);
     /// Lets a network device hand over more: the guest has taken a batch of what it received.

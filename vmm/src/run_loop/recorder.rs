@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use ft::{Digest, Encoder, Entry, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
+use ft::{Digest, Encoder, Entry, Event, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::disks::{DiskPlan, RecordedDisks, Unread};
 use super::outgoing::Outgoing;
+use crate::guest::Guest;
 use crate::pair::boot_time;
 
 /// A flush comes by itself at this size, so that with the largest record it still fits a message.
@@ -51,6 +53,8 @@ pub struct HeldOutput {
     pub position: LogPosition,
     /// When the guest made it, by [`boot_time`].
     pub made: Duration,
+    /// The position to be executed: the backup reads until there what this overwrites.
+    pub behind: LogPosition,
     /// What is to leave.
     pub outgoing: Outgoing,
 }
@@ -59,6 +63,7 @@ pub struct HeldOutput {
 #[derive(Debug, Default)]
 pub struct Feedback {
     released: AtomicU64,
+    executed: AtomicU64,
     throttle_permille: AtomicU32,
     stalled: AtomicBool,
 }
@@ -67,6 +72,11 @@ impl Feedback {
     /// Outputs through `number` have left.
     pub fn release(&self, number: OutputNumber) {
         self.released.store(number.0, Ordering::Release);
+    }
+
+    /// The backup has executed the log up to `position`.
+    pub fn executed(&self, position: LogPosition) {
+        self.executed.store(position.0, Ordering::Release);
     }
 
     /// The part of its time that the guest must give away, 0 to 1. True if it stood still until now: the
@@ -93,6 +103,10 @@ pub struct Recorder {
     digests: Vec<(ExecutionPoint, PageHashes)>,
     next_output: OutputNumber,
     last_released: OutputNumber,
+    disks: RecordedDisks,
+    /// The read that the next record completes without its data.
+    reading: Option<(u8, u64, u64)>,
+    unread: Unread,
     sink: Sender<FromVcpu>,
     waker: Arc<EventFd>,
     feedback: Arc<Feedback>,
@@ -115,10 +129,42 @@ impl Recorder {
             digests: Vec::new(),
             next_output: OutputNumber(1),
             last_released: OutputNumber(0),
+            disks: RecordedDisks::default(),
+            reading: None,
+            unread: Unread::default(),
             sink,
             waker,
             feedback,
         }
+    }
+
+    /// Records for a backup that works with disks as `plan` says.
+    #[must_use]
+    pub fn with_plan(self, plan: DiskPlan) -> Self {
+        Self { disks: RecordedDisks::new(plan), ..self }
+    }
+
+    /// What the backup does with disks.
+    #[must_use]
+    pub fn plan(&self) -> DiskPlan {
+        self.disks.plan()
+    }
+
+    /// `guest` is recorded from here on.
+    pub fn begin(&mut self, guest: &Guest) {
+        self.disks.begin(guest);
+    }
+
+    /// Takes out of a completion what the backup has by itself. To be asked before `guest` gets the event.
+    pub fn logged(&mut self, guest: &Guest, event: &Event) -> Event {
+        let find = |device, id| {
+            let mut all = guest.machine().outstanding().into_iter();
+            let found = all.find(|(slot, request)| *slot == device && request.id == id);
+            found.map(|(_, request)| request.op)
+        };
+        let (logged, reading) = self.disks.logged(event, find);
+        self.reading = reading;
+        logged
     }
 
     /// Appends a record.
@@ -129,6 +175,9 @@ impl Recorder {
         self.encoder
             .append(point, entry, &mut self.bytes)
             .expect("points never decrease and devices bound their events");
+        if let Some((device, first, end)) = self.reading.take() {
+            self.unread.add(device, first, end, self.encoder.position());
+        }
         if self.bytes.len() > FLUSH_BYTES {
             self.flush();
         }
@@ -145,8 +194,17 @@ impl Recorder {
         let number = self.next_output;
         self.next_output = OutputNumber(number.0 + 1);
         self.record(point, &Entry::Output { number });
+        let executed = LogPosition(self.feedback.executed.load(Ordering::Acquire));
+        let behind = match &outgoing {
+            Outgoing::Block { device, request } => {
+                self.unread.before(*device, &request.op, executed)
+            }
+            Outgoing::Frames { .. } | Outgoing::Console { .. } | Outgoing::Serial(_) => {
+                LogPosition(0)
+            }
+        };
         let (position, made) = (self.encoder.position(), boot_time());
-        self.outputs.push(HeldOutput { number, position, made, outgoing });
+        self.outputs.push(HeldOutput { number, position, behind, made, outgoing });
     }
 
     /// Tells the backup which outputs it no longer needs to keep.

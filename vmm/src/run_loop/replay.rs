@@ -5,6 +5,7 @@
 //! the primary has released them. A guest that cannot follow the log has diverged; that is an error, it is
 //! reported, and such a guest never goes live.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use ft::{
 };
 use hypervisor::{Anchor, Exit};
 
+use super::disks::{FollowedDisks, Settled};
 use super::live::Live;
 use super::outgoing::{Outgoing, Outlet, Routed, route};
 use crate::guest::{Guest, GuestError};
@@ -24,6 +26,9 @@ pub trait ReplayObserver: Send {
     fn executed(&mut self, position: LogPosition, point: ExecutionPoint);
     /// Every record received so far has been applied.
     fn log_empty(&mut self);
+    /// The guest waits for a disk of this side; `failed`: a request failed there and is tried again. Until the next
+    /// [`Self::executed`].
+    fn awaits_disk(&mut self, device: u8, failed: bool);
     /// A digest was compared: `Some` is the first unequal component, with this side's pages.
     fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>);
     /// The guest cannot follow the log.
@@ -37,6 +42,8 @@ pub enum Next {
     Again,
     /// All received records are executed: wait for more, or go live.
     LogEmpty,
+    /// A disk of this side has yet to do what the primary's has done: wait for it.
+    AwaitsDisk,
     /// The primary paused the guest, or let it go on.
     Paused(bool),
     /// The guest switched itself off.
@@ -56,6 +63,7 @@ pub struct Replay {
     next_output: OutputNumber,
     /// When the last piece of the log came, for the clock of the live side.
     last_log: Instant,
+    disks: FollowedDisks,
     observer: Box<dyn ReplayObserver>,
 }
 
@@ -69,8 +77,24 @@ impl Replay {
             kept: KeptOutputs::default(),
             next_output: OutputNumber(1),
             last_log: Instant::now(),
+            disks: FollowedDisks::none(),
             observer,
         }
+    }
+
+    /// Has this side do disk requests itself, first those that `guest` has under way.
+    #[must_use]
+    pub fn with_disks(mut self, guest: &Guest, mut disks: FollowedDisks) -> Self {
+        for (device, request) in guest.machine().outstanding() {
+            disks.issue(device, request);
+        }
+        self.disks = disks;
+        self
+    }
+
+    /// A back half of this side has done something.
+    pub fn completed(&mut self, event: Event) {
+        self.disks.completed(event);
     }
 
     /// Takes the next bytes of the log, which came at `received`.
@@ -131,8 +155,16 @@ impl Replay {
         outlet.announce();
         // Disk requests are re-issued from the devices' own books, which also know the reads; what was
         // kept here besides is frames and console bytes.
+        let disks = self.disks.under_way();
+        let mut begun: BTreeSet<(u8, u64)> = disks.running.iter().copied().collect();
+        begun.extend(disks.done.iter().filter_map(|event| match event {
+            Event::DiskCompletion { device, request, .. } => Some((*device, *request)),
+            _ => None,
+        }));
         for (device, request) in guest.machine().outstanding() {
-            outlet.block(device, request);
+            if !begun.contains(&(device, request.id)) {
+                outlet.block_patiently(device, request);
+            }
         }
         for (device, len) in guest.machine().entropy_wanted() {
             outlet.entropy(device, len);
@@ -145,11 +177,24 @@ impl Replay {
                 outgoing.release(&**outlet);
             }
         }
-        Live::new(guest, Arc::clone(outlet), guest.tsc(), self.last_log)
+        Live::new(guest, Arc::clone(outlet), guest.tsc(), self.last_log).with_disks_under_way(disks)
     }
 
     fn apply_next(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
         let Some((record, position)) = self.next.take() else { return Ok(Next::LogEmpty) };
+        let point = record.point;
+        let entry = match record.entry {
+            Entry::Event(event @ Event::DiskCompletion { .. }) => match self.disks.settle(event) {
+                Settled::Apply(event) => Entry::Event(event),
+                Settled::Wait { event, device, failed } => {
+                    self.next = Some((Record { point, entry: Entry::Event(event) }, position));
+                    self.observer.awaits_disk(device, failed);
+                    return Ok(Next::AwaitsDisk);
+                }
+            },
+            entry => entry,
+        };
+        let record = Record { point, entry };
         let mut next = Next::Again;
         match record.entry {
             Entry::Event(Event::Anchor { tsc, rate }) => {
@@ -201,13 +246,19 @@ impl Replay {
         let mut end = None;
         for effect in std::mem::take(guest.effects()) {
             match route(effect) {
+                Routed::Output(Outgoing::Block { device, request })
+                    if !self.disks.leaves_to_primary(&request.op) =>
+                {
+                    self.disks.issue(device, request);
+                }
                 Routed::Output(outgoing) => {
                     let bytes = outgoing.size();
                     self.kept.keep(self.next_output, bytes, outgoing);
                     self.next_output = OutputNumber(self.next_output.0 + 1);
                 }
+                Routed::Block(device, request) => self.disks.issue(device, request),
                 // Their answers come with the log, and so do frames as the primary's host makes them.
-                Routed::Block(..) | Routed::Entropy(..) | Routed::Offloads(..) => {}
+                Routed::Entropy(..) | Routed::Offloads(..) => {}
                 Routed::PowerOff => end = Some(Next::PoweredOff),
                 Routed::Reset => end = Some(Next::Rebooted),
             }

@@ -2,6 +2,8 @@
 //! it replays twice to equal digests, with errors of the host too; and what was under way when its host died
 //! is done by the side that goes on.
 
+mod mirrored;
+mod reads;
 #[path = "../recording/mod.rs"]
 mod recording;
 
@@ -17,7 +19,9 @@ use ft::Event;
 use nix::errno::Errno;
 use recording::{guest, record, replay, run};
 use tempfile::NamedTempFile;
-use virtio_devices::block::back::{BlockBack, BlockOptions, Faults, Step, StepKind, Verdict};
+use virtio_devices::block::back::{
+    BlockBack, BlockOptions, CompletionSink, Faults, Step, StepKind, Verdict,
+};
 use virtio_devices::net::Offloads;
 use virtio_devices::{BlockRequest, BlockStatus};
 use vmm::boot::{BootFile, Payload};
@@ -109,16 +113,15 @@ impl OneDisk {
     }
 
     fn start(&self, device: u8) -> Receiver<Event> {
-        let (sender, events) = unbounded();
-        let complete = move |done: virtio_devices::BlockCompletion| {
-            let _ = sender.send(Event::DiskCompletion {
-                device,
-                request: done.id,
-                status: done.status.byte(),
-                data: done.data,
-            });
-        };
-        self.disk.start(Box::new(complete)).unwrap();
+        let (complete, events) = completions(device);
+        self.disk.start(complete).unwrap();
+        events
+    }
+
+    /// As [`Self::start`], beside another that works with the image.
+    fn follow(&self, device: u8) -> Receiver<Event> {
+        let (complete, events) = completions(device);
+        self.disk.follow(complete).unwrap();
         events
     }
 
@@ -136,6 +139,11 @@ impl Outlet for OneDisk {
         assert_eq!(device, DEVICE);
         self.submitted.lock().unwrap().push(request.id);
         self.disk.submit(request);
+    }
+    fn block_patiently(&self, device: u8, request: BlockRequest) {
+        assert_eq!(device, DEVICE);
+        self.submitted.lock().unwrap().push(request.id);
+        self.disk.submit_patiently(request);
     }
     fn frames(&self, _device: u8, _frames: &[Vec<u8>]) {}
     fn frames_taken(&self, _device: u8) {}
@@ -158,6 +166,20 @@ impl Outlet for OneDisk {
         self.disk.valve().set_lease(until);
     }
     fn announce(&self) {}
+}
+
+/// A place for completions, and where they come out.
+fn completions(device: u8) -> (CompletionSink, Receiver<Event>) {
+    let (sender, events) = unbounded();
+    let complete = move |done: virtio_devices::BlockCompletion| {
+        let _ = sender.send(Event::DiskCompletion {
+            device,
+            request: done.id,
+            status: done.status.byte(),
+            data: done.data,
+        });
+    };
+    (Box::new(complete), events)
 }
 
 /// Where the disk is.

@@ -11,6 +11,7 @@ use vmm::boot::Payload;
 use vmm::config::VmConfig;
 use vmm::guest::Guest;
 use vmm::machine::{HostFacts, layout};
+use vmm::run_loop::disks::{DiskPlan, FollowedDisks};
 use vmm::run_loop::live::{self, Live};
 use vmm::run_loop::outgoing::Outlet;
 use vmm::run_loop::recorder::{Feedback, FromVcpu, Recorder};
@@ -61,12 +62,24 @@ pub fn record(
     outlet: Arc<dyn Outlet>,
     events: &Receiver<Event>,
     log: &mut impl Write,
+    stop: impl FnMut(&Guest) -> bool,
+) -> (Digest, ExecutionPoint) {
+    record_as(DiskPlan::Primary, guest, outlet, events, log, stop)
+}
+
+/// As [`record`], for a backup that does with disks what `plan` says.
+pub fn record_as(
+    plan: DiskPlan,
+    guest: &mut Guest,
+    outlet: Arc<dyn Outlet>,
+    events: &Receiver<Event>,
+    log: &mut impl Write,
     mut stop: impl FnMut(&Guest) -> bool,
 ) -> (Digest, ExecutionPoint) {
     let (sink, flushes) = crossbeam_channel::unbounded();
     let waker = Arc::new(EventFd::new(0).unwrap());
     let feedback = Arc::new(Feedback::default());
-    let recorder = Recorder::new(guest.point(), sink, waker, Arc::clone(&feedback));
+    let recorder = Recorder::new(guest.point(), sink, waker, Arc::clone(&feedback)).with_plan(plan);
     let mut live = Live::new(guest, Arc::clone(&outlet), guest.tsc(), Instant::now());
     live.start_recording(guest, Box::new(recorder));
     // Written is acknowledged here: outputs leave after their records are in the file.
@@ -96,6 +109,7 @@ struct Judge(Arc<Mutex<u64>>);
 impl ReplayObserver for Judge {
     fn executed(&mut self, _position: LogPosition, _point: ExecutionPoint) {}
     fn log_empty(&mut self) {}
+    fn awaits_disk(&mut self, _device: u8, _failed: bool) {}
     fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>) {
         assert_eq!(unequal, None, "at point {}", point.0);
         *self.0.lock().unwrap() += 1;
@@ -107,9 +121,20 @@ impl ReplayObserver for Judge {
 
 /// Replays `log` to its end, in pieces as a network would deliver them. True if the guest powered off there. The
 /// number is of digests that were equal.
-pub fn replay(guest: &mut Guest, mut log: impl Read) -> (Replay, bool, u64) {
+pub fn replay(guest: &mut Guest, log: impl Read) -> (Replay, bool, u64) {
+    replay_with(guest, log, FollowedDisks::none(), &crossbeam_channel::never())
+}
+
+/// As [`replay`], by a side that works with disks itself; `events` is what they have done.
+pub fn replay_with(
+    guest: &mut Guest,
+    mut log: impl Read,
+    disks: FollowedDisks,
+    events: &Receiver<Event>,
+) -> (Replay, bool, u64) {
     let digests = Arc::new(Mutex::new(0));
-    let mut replay = Replay::new(guest.point(), Box::new(Judge(Arc::clone(&digests))));
+    let replay = Replay::new(guest.point(), Box::new(Judge(Arc::clone(&digests))));
+    let mut replay = replay.with_disks(guest, disks);
     let mut piece = vec![0; 1 << 16];
     let off = loop {
         match replay.advance(guest).unwrap() {
@@ -118,6 +143,7 @@ pub fn replay(guest: &mut Guest, mut log: impl Read) -> (Replay, bool, u64) {
                 0 => break false,
                 count => replay.receive(&piece[..count], Instant::now()),
             },
+            replay::Next::AwaitsDisk => replay.completed(events.recv().unwrap()),
             replay::Next::PoweredOff => break true,
             other => panic!("{other:?}"),
         }

@@ -8,6 +8,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Gauge, Paragraph, Sparkline, Wrap};
 use vmm::api::FtStatus;
+use vmm::api::ft::ClonePhase;
 
 use super::history::{CURVES, Curve, History};
 
@@ -112,10 +113,18 @@ impl Screen {
 
     fn copying(&self) -> Option<(f64, String)> {
         let clone = self.known.clone.filter(|clone| clone.pause_us.is_none())?;
+        let mib = |bytes: u64| bytes >> 20;
+        if clone.phase == ClonePhase::Disks {
+            let (compared, total) = (clone.disk_compared_bytes, clone.disk_total_bytes.max(1));
+            let ratio = (compared as f64 / total as f64).min(1.0);
+            let (done, copied) = (mib(compared), mib(clone.disk_copied_bytes));
+            let label = format!("disks: {done} of {} MiB compared, {copied} copied", mib(total));
+            return Some((ratio, label));
+        }
         let total = clone.total_bytes.max(1);
         // Later rounds send pages again.
         let ratio = (clone.sent_bytes as f64 / total as f64).min(1.0);
-        let [sent, total] = [clone.sent_bytes, total].map(|bytes| bytes >> 20);
+        let [sent, total] = [clone.sent_bytes, total].map(mib);
         Some((ratio, format!("copying: {sent} of {total} MiB, round {}", clone.rounds)))
     }
 }

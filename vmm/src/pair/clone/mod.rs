@@ -10,12 +10,14 @@
 //!                                            └──── send changes ◀─┘ (the guest may be slowed down)             State
 //! ```
 //!
-//! What takes part in the rounds is a [`Source`]; memory is the first. [`rounds`] decides after each round. Runs
+//! What takes part in the rounds is a [`Source`]: memory, and each mirrored disk, which is compared with the backup's before
+//! the rounds begin. [`rounds`] decides after each round. Runs
 //! on a thread of its own, before the guest is deterministic, and only reads.
 //!
 //! What must hold: however the copy ends before `Record`, by an error, by the operator or with its backup, the
 //! guest runs on as if nothing had been: not slowed down and not frozen.
 
+pub mod disks;
 pub mod memory;
 pub mod rounds;
 pub mod source;
@@ -30,6 +32,7 @@ use ft::status::ClonePhase;
 use hypervisor::GuestMemory;
 use serde::{Deserialize, Serialize};
 
+use crate::backends::DiskImage;
 use crate::boot::Payload;
 use crate::guest::{GuestState, encode};
 use crate::machine::HostFacts;
@@ -37,6 +40,7 @@ use crate::machine::facts::DeviceFacts;
 use crate::run_loop::inbox::InboxSender;
 use crate::run_loop::recorder::Recorder;
 use crate::run_loop::{self, Command, CommandError, Frozen};
+use disks::DiskSource;
 use memory::MemorySource;
 use rounds::{Next, Round, Rounds};
 use source::Source;
@@ -99,6 +103,8 @@ pub struct CloneSender {
     pub memory: GuestMemory,
     /// What it boots from.
     pub payload: Arc<Payload>,
+    /// The images of mirrored disks.
+    pub disks: Vec<DiskImage>,
     /// Where everything goes.
     pub way: Way,
     /// Kept up to date.
@@ -107,7 +113,7 @@ pub struct CloneSender {
 
 impl CloneSender {
     /// Does all of it; `recorder` makes the log's writing end for the point it is given.
-    pub fn run(self, recorder: impl FnOnce(ft::ExecutionPoint) -> Recorder) {
+    pub fn run(mut self, recorder: impl FnOnce(ft::ExecutionPoint) -> Recorder) {
         let result = self.clone_guest(recorder);
         // However it ended, the guest has all its time again.
         self.progress.update(|status| status.throttle = 0.0);
@@ -125,7 +131,7 @@ impl CloneSender {
     }
 
     fn clone_guest(
-        &self,
+        &mut self,
         recorder: impl FnOnce(ft::ExecutionPoint) -> Recorder,
     ) -> Result<(), CloneError> {
         for chunk in encode(&*self.payload).chunks(PAYLOAD_CHUNK_BYTES) {
@@ -133,6 +139,15 @@ impl CloneSender {
         }
         let memory = MemorySource::new(self.memory.clone(), self.inbox.clone());
         let mut sources: Vec<Box<dyn Source>> = vec![Box::new(memory)];
+        let disks = std::mem::take(&mut self.disks);
+        if !disks.is_empty() {
+            self.progress.update(|status| status.phase = ClonePhase::Disks);
+        }
+        for (number, disk) in (0..).zip(disks) {
+            let mut disk = DiskSource::new(number, disk, Arc::clone(&self.progress));
+            disk.compare(&self.way)?;
+            sources.push(Box::new(disk));
+        }
         let slowed = self.rounds(&mut sources)?;
         self.last_round(&mut sources, slowed, recorder)
     }
@@ -235,7 +250,7 @@ fn look(sources: &mut [Box<dyn Source>]) -> Result<u64, CloneError> {
 /// What a message adds to the bytes sent.
 fn sent_bytes(message: &Message) -> u64 {
     match message {
-        Message::Pages { bytes, .. } => bytes.len() as u64,
+        Message::Pages { bytes, .. } | Message::DiskData { bytes, .. } => bytes.len() as u64,
         _ => 0,
     }
 }
@@ -244,6 +259,7 @@ fn sent_bytes(message: &Message) -> u64 {
 fn covered_bytes(message: &Message) -> u64 {
     match message {
         Message::ZeroPages { count, .. } => count.saturating_mul(PAGE_BYTES as u64),
+        Message::DiskZeroes { len, .. } => *len,
         message => sent_bytes(message),
     }
 }

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use ft::Message;
-use ft::status::CloneStatus;
+use ft::status::{CloneDisk, CloneStatus};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::disks::{WINDOWS_UNDER_WAY, shown};
 use super::{CloneError, CloneStep};
 
 /// Messages between the clone thread and the socket.
@@ -15,7 +16,7 @@ const WAITING_STEPS: usize = 4;
 
 /// How far a copy is. Written by the clone thread.
 #[derive(Debug, Default)]
-pub struct CloneProgress(Mutex<CloneStatus>);
+pub struct CloneProgress(Mutex<CloneStatus>, Mutex<Vec<CloneDisk>>);
 
 impl CloneProgress {
     /// For the ft thread, which waits for nobody: leaves `status` as it is while the clone thread writes.
@@ -27,10 +28,35 @@ impl CloneProgress {
         }
     }
 
+    /// As [`Self::read`], of each disk.
+    pub fn read_disks(&self, disks: &mut Vec<CloneDisk>) {
+        match self.1.try_lock() {
+            Ok(guard) => disks.clone_from(&guard),
+            Err(TryLockError::Poisoned(guard)) => disks.clone_from(&guard.into_inner()),
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+
+    /// For the clone thread.
+    pub fn disk(&self, id: &str, change: impl FnOnce(&mut CloneDisk)) {
+        change(shown(&mut self.1.lock().unwrap_or_else(PoisonError::into_inner), id));
+    }
+
     /// For the clone thread.
     pub fn update(&self, change: impl FnOnce(&mut CloneStatus)) {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
+}
+
+/// What the backup says about blocks of a disk; see [`Message::DiskDiffers`].
+#[derive(Debug)]
+pub struct Compared {
+    /// Which disk.
+    pub disk: u32,
+    /// The first of the blocks.
+    pub first: u64,
+    /// A bit for each, set where it differs.
+    pub differing: Vec<u8>,
 }
 
 /// What both ends share.
@@ -50,6 +76,8 @@ pub struct Way {
     shared: Arc<Shared>,
     /// Says that `taken` has changed; closes when the copy is given up.
     answers: Receiver<()>,
+    /// Answers about disks. Closes when the copy is given up.
+    compared: Receiver<Compared>,
 }
 
 /// The ft thread's end. Dropped, it ends the copy.
@@ -57,6 +85,7 @@ pub struct WayOut {
     steps: Receiver<CloneStep>,
     shared: Arc<Shared>,
     answered: Sender<()>,
+    compared: Sender<Compared>,
 }
 
 /// Makes the two ends. `waker` wakes the ft thread.
@@ -64,9 +93,11 @@ pub struct WayOut {
 pub fn way(waker: Arc<EventFd>) -> (Way, WayOut) {
     let (steps, steps_out) = crossbeam_channel::bounded(WAITING_STEPS);
     let (answered, answers) = crossbeam_channel::bounded(1);
+    let (compared_in, compared) = crossbeam_channel::bounded(WINDOWS_UNDER_WAY);
     let shared = Arc::new(Shared::default());
-    let out = WayOut { steps: steps_out, shared: Arc::clone(&shared), answered };
-    (Way { steps, waker, shared, answers }, out)
+    let out =
+        WayOut { steps: steps_out, shared: Arc::clone(&shared), answered, compared: compared_in };
+    (Way { steps, waker, shared, answers, compared }, out)
 }
 
 impl Way {
@@ -93,6 +124,13 @@ impl Way {
         Ok(())
     }
 
+    /// Waits for the next answer about disk blocks.
+    pub fn compared(&self) -> Result<Compared, CloneError> {
+        let compared = self.compared.recv().map_err(|_| CloneError::Cancelled)?;
+        self.check()?;
+        Ok(compared)
+    }
+
     /// Whether to go on.
     pub fn check(&self) -> Result<(), CloneError> {
         match self.shared.cancelled.load(Ordering::Acquire) {
@@ -116,6 +154,15 @@ impl WayOut {
         if let Err(TrySendError::Disconnected(())) = self.answered.try_send(()) {
             log::debug!("round {round} was taken after the copy had ended");
         }
+    }
+}
+
+impl WayOut {
+    /// The backup has compared blocks. False if nobody can have asked: there is no room for more answers than
+    /// questions.
+    #[must_use]
+    pub fn compared(&self, compared: Compared) -> bool {
+        !matches!(self.compared.try_send(compared), Err(TrySendError::Full(_)))
     }
 }
 

@@ -1,0 +1,368 @@
+//! Disks that the backup works with itself. Mirrored ones, of which each side has its own image: copied while the guest
+//! writes, alike when it rests, and good for going on whatever dies. And shared ones, if the backup is to read them itself.
+
+use anyhow::{Context, Result, ensure};
+use ledger_client::load::{Load, Options};
+use ledger_client::verdict::Verdict;
+use pair_tests::disk::Disk;
+use pair_tests::kills::progress;
+use pair_tests::lab::Lab;
+use pair_tests::network::Side;
+use pair_tests::pair::{CHANGE, Death, Pair, wait_for_status};
+use pair_tests::patience::eventually;
+use pair_tests::requirements::{Need, met};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where host b has its image, unless a test has it elsewhere.
+fn image_of_b(lab: &Lab) -> PathBuf {
+    lab.directory().join("b.raw")
+}
+
+fn receive(image: &Path) -> Value {
+    json!({ "disks": [{ "id": "_disk0", "path": image }] })
+}
+
+fn mirrored() -> Value {
+    json!({ "disk_mode": "mirrored" })
+}
+
+fn for_good() -> Value {
+    let standbys = [Side::A, Side::B].map(|side| format!("tcp:{}:7700", side.address()));
+    json!({ "disk_mode": "mirrored", "standbys": standbys })
+}
+
+fn load(pair: &Pair, name: &str) -> Result<Load> {
+    let mut options = Options::new(pair.lab.service()?, name);
+    options.connections = 3;
+    options.padding = 3000;
+    pair.lab.load(options)
+}
+
+/// The first byte in which two files differ.
+fn difference(a: &Path, b: &Path) -> Result<Option<u64>> {
+    let (mut a, mut b) = (std::fs::File::open(a)?, std::fs::File::open(b)?);
+    ensure!(a.metadata()?.len() == b.metadata()?.len(), "the images have different sizes");
+    let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut at = 0;
+    loop {
+        let count = a.read(&mut ours)?;
+        b.read_exact(&mut theirs[..count])?;
+        if count == 0 {
+            return Ok(None);
+        }
+        if let Some(index) = ours[..count].iter().zip(&theirs).position(|(a, b)| a != b) {
+            return Ok(Some(at + index as u64));
+        }
+        at += count as u64;
+    }
+}
+
+/// Has the guest rest for a moment, and looks whether both images hold the same.
+fn alike(pair: &Pair) -> Result<()> {
+    pair.primary.api().put("vm.pause")?;
+    wait_for_status(&pair.primary, "everything is executed", |status| {
+        status.log.executed_bytes == status.log.recorded_bytes
+    })?;
+    let (a, b) = (pair.lab.disk.path().to_owned(), image_of_b(&pair.lab));
+    // What was under way when it paused is done by either host in its own time.
+    let mut last = None;
+    let found = eventually(Duration::from_secs(10), "both images are alike", || {
+        last = difference(&a, &b)?;
+        Ok(last.is_none().then_some(()))
+    });
+    found.with_context(|| format!("they differ at byte {last:?}"))?;
+    pair.primary.api().put("vm.resume")?;
+    Ok(())
+}
+
+/// Ends the pair; the image of `side` is the one that counts.
+fn settle(mut pair: Pair, load: Load, image: &Path) -> Result<()> {
+    let answers = load.stop()?;
+    pair.lab.disk = Disk::at(image);
+    let lab = pair.power_off()?;
+    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
+    ensure!(verdict.is_clean(), "{verdict:?}");
+    Ok(())
+}
+
+#[test]
+fn images_are_alike_and_after_a_kill_only_what_changed_is_copied() -> Result<()> {
+    if !met("mirrored disks and a kill", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let (image, command_line) = (image_of_b(&lab), lab.boot_options(""));
+    let mut pair = Pair::boot(lab)?;
+    // Something to copy: several megabytes that are not zeroes.
+    let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=24 2>/dev/null; sync";
+    pair.primary.console.run(fill, PATIENCE)?;
+    let load = load(&pair, "mirrored")?;
+    protect_and_kill(&mut pair, &load, &image, &command_line).with_context(|| pair.describe())?;
+    settle(pair, load, &image)
+}
+
+fn protect_and_kill(
+    pair: &mut Pair,
+    load: &Load,
+    image: &Path,
+    command_line: &[String],
+) -> Result<()> {
+    progress(load, 20)?;
+    let protected = pair.protect_with(&receive(image), &for_good())?;
+    let status = pair.status()?;
+    let clone = status.clone.context("the copy is shown")?;
+    println!("first copy: {protected:?} {clone:?} {:?}", status.clone_disks);
+    let total = 256 << 20;
+    ensure!(clone.disk_total_bytes == total && clone.disk_compared_bytes == total, "{clone:?}");
+    ensure!(clone.disk_copied_bytes >= 24 << 20 && clone.disk_copied_bytes < total, "{clone:?}");
+    ensure!(status.clone_disks.len() == 1 && status.clone_disks[0].id == "_disk0", "{status:?}");
+    progress(load, 40)?;
+    alike(pair).context("after the first copy")?;
+    progress(load, 40)?;
+
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 40)?;
+    // The dead primary's image is older than the VM: its command line must not bring the VM up again.
+    let text = match pair.lab.start(Side::A, command_line) {
+        Ok(mut second) => {
+            let status = second.wait(CHANGE).context("a second VM runs")?;
+            ensure!(!status.success(), "{}", second.log());
+            second.log()
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    ensure!(text.contains("mirrored pair") && text.contains("other host"), "{text}");
+
+    let protected = pair.reprotect()?;
+    let clone = pair.status()?.clone.context("the copy is shown")?;
+    println!("after the kill: {protected:?} {clone:?}");
+    ensure!(clone.disk_copied_bytes > 0 && clone.disk_copied_bytes < 16 << 20, "{clone:?}");
+    progress(load, 40)?;
+    alike(pair).context("after the second copy")?;
+    eventually(CHANGE, "digests are compared", || {
+        Ok((pair.digests_are_equal()? > 0).then_some(()))
+    })?;
+    progress(load, 20)?;
+    Ok(())
+}
+
+#[test]
+fn hand_over_and_repeated_kills_on_alternating_hosts() -> Result<()> {
+    if !met("mirrored disks, hand-over and kills", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let image = image_of_b(&lab);
+    let mut pair = Pair::boot(lab)?;
+    let load = load(&pair, "alternating")?;
+    alternate(&mut pair, &load, &image).with_context(|| pair.describe())?;
+    settle(pair, load, &image)
+}
+
+fn alternate(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
+    pair.protect_with(&receive(image), &mirrored())?;
+    progress(load, 20)?;
+    pair.primary.api().put("ft.failover")?;
+    let old = pair.change_sides()?;
+    wait_for_status(&old, "halted", |status| status.state == "halted")?;
+    pair.wait_until_alone()?;
+    drop(old);
+    progress(load, 20)?;
+    // Now host a holds the copy, under the path the VM was booted with.
+    pair.protect_with(&json!({}), &mirrored())?;
+    progress(load, 20)?;
+    pair.kill_primary(Death::Host)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    pair.protect_with(&receive(image), &mirrored())?;
+    progress(load, 20)?;
+    alike(pair)?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    Ok(())
+}
+
+#[test]
+fn images_that_do_not_fit_are_refused_and_a_copy_can_be_cancelled() -> Result<()> {
+    if !met("mirrored disks that do not fit, and a cancelled copy", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let image = image_of_b(&lab);
+    let mut pair = Pair::boot(lab)?;
+    let load = load(&pair, "refused")?;
+    refuse_and_cancel(&mut pair, &load, &image).with_context(|| pair.describe())?;
+    let image = pair.lab.disk.path().to_owned();
+    settle(pair, load, &image)
+}
+
+fn refuse_and_cancel(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
+    let refused = |pair: &mut Pair, receive: &Value, words: &[&str]| -> Result<()> {
+        let error = pair.begin_protection(receive, &mirrored()).expect_err("it is refused");
+        let text = format!("{error:#}");
+        ensure!(words.iter().all(|word| text.contains(word)), "{text}");
+        drop(pair.backup.take());
+        Ok(())
+    };
+    // Both hosts are one machine here, and the path leads to the primary's own image.
+    refused(pair, &json!({}), &["images of its own", "in use by another VM"])?;
+    std::fs::File::create(image)?.set_len(1 << 20)?;
+    refused(pair, &receive(image), &["_disk0", "sectors"])?;
+    std::fs::remove_file(image)?;
+    let nowhere = pair.lab.directory().join("nowhere/b.raw");
+    refused(pair, &receive(&nowhere), &["cannot make disk image"])?;
+    let unknown = json!({ "disks": [{ "id": "none", "path": image }] });
+    refused(pair, &unknown, &["'none'"])?;
+    progress(load, 20)?;
+
+    let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=48 2>/dev/null; sync";
+    pair.primary.console.run(fill, PATIENCE)?;
+    pair.lab.network.limit(pair.side, Some("80mbit"))?;
+    pair.begin_protection(&receive(image), &mirrored())?;
+    wait_for_status(&pair.primary, "blocks are copied", |status| {
+        status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
+    })?;
+    pair.primary.api().put("ft.disable")?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    drop(pair.backup.take());
+    // Begun again, it finds what is there already.
+    pair.lab.network.limit(pair.side, None)?;
+    pair.protect_with(&receive(image), &mirrored())?;
+    progress(load, 20)?;
+    alike(pair)
+}
+
+/// A small file system of its own.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(path: PathBuf, size: &str) -> Result<Self> {
+        std::fs::create_dir(&path)?;
+        let options = format!("size={size}");
+        mount(&["-t", "tmpfs", "-o", &options, "tmpfs"], &path)?;
+        Ok(Self(path))
+    }
+
+    fn resize(&self, size: &str) -> Result<()> {
+        mount(&["-o", &format!("remount,size={size}")], &self.0)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn mount(options: &[&str], path: &Path) -> Result<()> {
+    let status = Command::new("mount").args(options).arg(path).status()?;
+    ensure!(status.success(), "mount {options:?} failed");
+    Ok(())
+}
+
+#[test]
+fn a_full_disk_of_the_backup_delays_it_and_is_told_until_there_is_room() -> Result<()> {
+    if !met("a full disk under a mirrored backup", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let small = SmallDisk::mount(lab.directory().join("small"), "4M")?;
+    let image = small.0.join("b.raw");
+    std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
+    let mut pair = Pair::boot(lab)?;
+    let load = load(&pair, "full")?;
+    fill_and_make_room(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
+    settle(pair, load, &image)
+}
+
+fn fill_and_make_room(pair: &mut Pair, load: &Load, small: &SmallDisk, image: &Path) -> Result<()> {
+    // No room even for the copy: it is given up, and the VM runs on.
+    pair.primary.console.run("dd if=/dev/urandom of=/data/first bs=1M count=8; sync", PATIENCE)?;
+    pair.begin_protection(&receive(image), &mirrored())?;
+    let status = wait_for_status(&pair.primary, "the copy is given up", |status| {
+        status.state == "abandoned"
+    })?;
+    let reason = status.reason.unwrap_or_default();
+    ensure!(reason.contains("cannot write disk image"), "{reason}");
+    progress(load, 20)?;
+    drop(pair.backup.take());
+
+    small.resize("40M")?;
+    pair.protect_with(&receive(image), &mirrored())?;
+    progress(load, 20)?;
+    let fill = "(dd if=/dev/urandom of=/data/noise bs=1M count=48; sync) 2>/dev/null & true";
+    pair.primary.console.run(fill, PATIENCE)?;
+    let backup = pair.backup.as_ref().context("there is a backup")?;
+    wait_for_status(backup, "the backup says why it falls behind", |status| {
+        status.reason.as_ref().is_some_and(|reason| reason.contains("is tried again"))
+    })?;
+    ensure!(backup.ft_status()?.role == "backup");
+    small.resize("400M")?;
+    wait_for_status(backup, "the backup has caught up", |status| {
+        status.reason.is_none() && status.state == "replaying"
+    })?;
+    pair.primary.console.run("wait", PATIENCE)?;
+    progress(load, 20)?;
+    alike(pair)?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    Ok(())
+}
+
+#[test]
+fn a_backup_that_reads_the_shared_disk_itself_has_the_data_kept_out_of_the_log() -> Result<()> {
+    if !met("reads on the backup", &NEEDS) {
+        return Ok(());
+    }
+    let mut pair = Pair::boot(Lab::new()?)?;
+    let load = load(&pair, "reads")?;
+    read_on_the_backup(&mut pair, &load).with_context(|| pair.describe())?;
+    let image = pair.lab.disk.path().to_owned();
+    settle(pair, load, &image)
+}
+
+/// Bytes of log while the guest reads a file from its disk, and writes over it.
+fn logged(pair: &mut Pair) -> Result<u64> {
+    let before = pair.status()?.log.recorded_bytes;
+    let read = "echo 3 >/proc/sys/vm/drop_caches; cat /data/noise >/dev/null";
+    let write = "dd if=/dev/zero of=/data/noise bs=64k count=32 conv=notrunc,fsync 2>/dev/null";
+    pair.primary.console.run(&format!("{read}; {write}; {read}"), PATIENCE)?;
+    Ok(pair.status()?.log.recorded_bytes - before)
+}
+
+fn read_on_the_backup(pair: &mut Pair, load: &Load) -> Result<()> {
+    let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=16 2>/dev/null; sync";
+    pair.primary.console.run(fill, PATIENCE)?;
+    pair.protect()?;
+    let with_data = logged(pair)?;
+    pair.unprotect()?;
+    pair.protect_with(&json!({}), &json!({ "disk_reads": "backup" }))?;
+    let without = logged(pair)?;
+    println!("two times 16 MiB read: {with_data} bytes of log with the data, {without} without");
+    ensure!(with_data > 32 << 20 && without < with_data / 8, "{with_data} and {without} bytes");
+    progress(load, 40)?;
+    eventually(CHANGE, "digests are compared", || {
+        Ok((pair.digests_are_equal()? > 3).then_some(()))
+    })?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    // The survivor reads what it has written, and has its image for itself.
+    pair.primary
+        .console
+        .run("echo 3 >/proc/sys/vm/drop_caches; cat /data/noise >/dev/null", PATIENCE)?;
+    pair.protect_with(&json!({}), &json!({ "disk_reads": "backup" }))?;
+    progress(load, 20)?;
+    Ok(())
+}
