@@ -294,6 +294,7 @@ mod tests {
         let stream = TcpStream::connect(receiver.address()).unwrap();
         let mut channel = Channel::new(Wire::connecting(stream, &Security::Plain, "b").unwrap());
         channel.send(&Message::Hello(Hello::new("a", Capabilities::default()))).unwrap();
+        channel.flush().unwrap();
         assert!(matches!(first_message(&mut channel), Message::Hello(_)));
         // They are still there: nobody had to give up for it.
         assert!(receiver.connections.places().served.len() > 1, "{silent:?}");

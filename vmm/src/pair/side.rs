@@ -419,6 +419,7 @@ mod tests {
             }
             self.said += 1;
             self.peer.send(&Message::Ack { received: LogPosition(self.said) }).unwrap();
+            self.peer.flush().unwrap();
         }
 
         /// Until something that was sent has arrived.
