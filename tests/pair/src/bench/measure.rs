@@ -1,4 +1,5 @@
-//! The measurements: the same guest protected and unprotected in turn, an idle one, and kills.
+//! The measurements: the same guest protected, unprotected, and unprotected beside a busy processor in turn; an idle one;
+//! kills.
 
 use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
 use super::workloads::{ALL, START, Work};
@@ -8,6 +9,7 @@ use crate::pair::{Death, Pair, Timing};
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How much of everything.
@@ -86,12 +88,9 @@ fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) 
     (work.run)(pair, work.quick)?;
     for repetition in 0..extent.repetitions {
         // Which comes first changes, so that a guest growing slower or faster favours neither.
-        for protected in [repetition % 2 == 1, repetition % 2 == 0] {
-            let run = if protected {
-                protected_run(pair, work, steps)?
-            } else {
-                plain_run(pair, work, steps)?
-            };
+        let kinds: [Kind; 3] = [plain_run, protected_run, beside_run];
+        for kind in 0..kinds.len() {
+            let run = kinds[(kind + repetition) % kinds.len()](pair, work, steps)?;
             (keeper.tell)(&line(work, steps, &run));
             keeper.results.workloads[at].runs.push(run);
             keeper.keep()?;
@@ -100,10 +99,16 @@ fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) 
     Ok(())
 }
 
+/// A way to do the work.
+type Kind = fn(&mut Pair, &Work, u64) -> Result<Run>;
+
 fn line(work: &Work, steps: u64, run: &Run) -> String {
     let rate = steps as f64 * work.step / run.seconds;
     let start = format!("{:10} {:6.2} s, {rate:8.1} {}/s", work.name, run.seconds, work.unit);
-    let Some(protection) = &run.protection else { return format!("{start}, unprotected") };
+    let Some(protection) = &run.protection else {
+        let beside = if run.neighbour { ", one processor busy otherwise" } else { "" };
+        return format!("{start}, unprotected{beside}");
+    };
     format!(
         "{start}, protected: log {:.2} Mbit/s, output delay {} / {} us, lag {} / {} us, throttle {:.2}",
         protection.log_bytes as f64 * 8e-6 / run.seconds,
@@ -121,7 +126,23 @@ fn plain_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
     (work.run)(pair, steps)?;
     let seconds = start.elapsed().as_secs_f64();
     let primary_cpu_seconds = (pair.primary.cpu_time()? - cpu).as_secs_f64();
-    Ok(Run { seconds, primary_cpu_seconds, protection: None })
+    Ok(Run { seconds, primary_cpu_seconds, neighbour: false, protection: None })
+}
+
+/// Beside a thread that wants a processor for itself all the time, as the guest of a backup may.
+fn beside_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
+    let done = AtomicBool::new(false);
+    let run = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let run = plain_run(pair, work, steps);
+        done.store(true, Ordering::Relaxed);
+        run
+    })?;
+    Ok(Run { neighbour: true, ..run })
 }
 
 fn protected_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {

@@ -63,6 +63,9 @@ pub struct Run {
     pub seconds: f64,
     /// Processor time of the primary's process.
     pub primary_cpu_seconds: f64,
+    /// Whether another program kept one processor busy meanwhile, as a backup would.
+    #[serde(default)]
+    pub neighbour: bool,
     /// What protection did meanwhile, if there was any.
     pub protection: Option<Protection>,
 }
@@ -175,11 +178,19 @@ impl Results {
 }
 
 impl Workload {
-    /// The middle of `figure` over the runs that are protected or not.
+    /// The middle of `figure` over the runs that are protected, or those that are not and have no neighbour.
     #[must_use]
     pub fn median(&self, protected: bool, figure: impl Fn(&Run) -> f64) -> Option<f64> {
-        let runs = self.runs.iter().filter(|run| run.protection.is_some() == protected);
-        median(runs.map(figure))
+        let wanted = |run: &&Run| run.protection.is_some() == protected && !run.neighbour;
+        median(self.runs.iter().filter(wanted).map(figure))
+    }
+
+    /// Speed unprotected beside a busy processor over speed unprotected: what this machine makes of a guest when
+    /// somebody else wants a processor, whatever it does there.
+    #[must_use]
+    pub fn beside(&self) -> Option<f64> {
+        let beside = self.runs.iter().filter(|run| run.neighbour).map(|run| run.seconds);
+        Some(self.median(false, |run| run.seconds)? / median(beside)?)
     }
 
     /// Speed protected over speed unprotected.
@@ -243,6 +254,7 @@ mod tests {
         let run = |seconds, protected: bool| Run {
             seconds,
             primary_cpu_seconds: seconds,
+            neighbour: false,
             protection: protected.then(|| Protection {
                 pause_ms: 1.0,
                 log_bytes: 1_000_000,
@@ -253,10 +265,12 @@ mod tests {
                 stalls: 0,
             }),
         };
-        let runs = vec![run(1.0, false), run(2.0, true), run(1.0, false), run(2.0, true)];
+        let beside = Run { neighbour: true, ..run(1.25, false) };
+        let runs = vec![run(1.0, false), run(2.0, true), beside, run(1.0, false), run(2.0, true)];
         let (name, unit) = (String::from("sort"), String::from("passes"));
         let workload = Workload { what: name.clone(), name, unit, io: false, amount: 1.0, runs };
         assert_eq!(workload.ratio(), Some(0.5));
+        assert_eq!(workload.beside(), Some(0.8));
         assert_eq!(workload.log_mbit_per_second(), Some(4.0));
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("results.json");
