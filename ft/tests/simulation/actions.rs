@@ -33,9 +33,10 @@ impl World {
                     let delay = self.rng.range(500, 20_000);
                     self.after(delay, Happening::CloneStep { at: end, step });
                 }
-                primary::Action::DiskDiffers { .. } => {}
+                primary::Action::DiskDiffers { differing, .. } => self.disk_differs(id, &differing),
                 primary::Action::BackupExecuted { position } => {
                     self.nodes[id].gate.executed(position);
+                    self.nodes[id].disk.executed = position;
                 }
                 primary::Action::Protected => self.search_protected(id),
                 primary::Action::Release { through } => {
@@ -98,9 +99,11 @@ impl World {
                 backup::Action::LoadPayload { .. }
                 | backup::Action::LoadPages { .. }
                 | backup::Action::LoadZeroPages { .. }
-                | backup::Action::CompareDisk { .. }
-                | backup::Action::LoadDisk { .. }
                 | backup::Action::ZeroDisk { .. } => {}
+                backup::Action::CompareDisk { hashes, .. } => self.compare_disk(id, &hashes),
+                backup::Action::LoadDisk { offset, bytes, .. } => {
+                    self.load_disk(id, offset, &bytes);
+                }
                 backup::Action::LoadState { point, bytes } => {
                     let node = &mut self.nodes[id];
                     node.guest = Some(postcard::from_bytes(&bytes).expect("a guest"));
@@ -177,7 +180,7 @@ impl World {
         let Role::Backup(machine) = &node.role else { return };
         let terms = machine.terms().cloned();
         let received = machine.received().0;
-        let executed = node.decoder.position().0;
+        let executed = node.executed;
         let kept: Vec<_> = node.kept.take().collect();
         let numbers: Vec<u64> = kept.iter().map(|(number, _)| number.0).collect();
         self.lives_in(id, generation);
@@ -185,15 +188,20 @@ impl World {
         let guest = node.guest.as_ref().expect("a backup has a guest");
         self.checkers.goes_live(end, generation - 1, executed, received, guest, node.tainted);
         self.checkers.takes_over_outputs(guest.next_output, &numbers);
+        let tainted = node.tainted;
         let outstanding = guest.outstanding.clone();
         node.role = Role::Solo;
         if let Some(terms) = terms {
             self.inherit(id, &terms);
         }
+        if !tainted {
+            let image = *self.image(id);
+            self.checkers.survivors_disk(self.t, &image, &self.waiting);
+        }
         let mut outputs = Vec::new();
         if self.plant != Some(Plant::NothingReissued) {
-            for (write, client, request) in outstanding {
-                let output = Output::Write { id: write, client, request };
+            for request in self.take_over_requests(id, outstanding) {
+                let output = Output::Disk(request);
                 // Its number, unless the predecessor has said that it is out.
                 let number = kept.iter().find(|(_, other)| *other == output);
                 outputs.push((number.map_or(ft::OutputNumber(0), |(number, _)| *number), output));

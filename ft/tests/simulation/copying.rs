@@ -23,6 +23,10 @@ impl World {
     pub fn loaded(&mut self, id: usize) {
         if self.nodes[id].state_name() == "loading" {
             self.nodes[id].loaded = true;
+            let guest = self.nodes[id].guest.as_ref();
+            for request in guest.map(|guest| guest.outstanding.clone()).unwrap_or_default() {
+                self.follow(id, request);
+            }
             self.step_backup(id, backup::Input::Loaded);
         }
     }
@@ -33,6 +37,9 @@ impl World {
         }
         let at = self.nodes[id].end();
         if step < 2 {
+            if step == 0 {
+                self.compare_disks(id);
+            }
             self.send(id, &Message::Payload { bytes: vec![1; 100] });
             let page = vec![7; ft::message::PAGE_BYTES];
             let first = u64::from(step);
@@ -49,6 +56,7 @@ impl World {
         let guest = self.nodes[id].guest.as_ref().expect("a primary has a guest");
         let point = guest.at();
         let state = postcard::to_stdvec(guest).expect("encodes");
+        self.send_disk(id);
         self.send(id, &Message::State { point, bytes: state });
         self.nodes[id].encoder = Encoder::new(point);
         self.nodes[id].recording = true;

@@ -7,6 +7,7 @@ use ft::{
     Backup, Decoder, Encoder, FrameReader, KeptOutputs, OutputGate, OutputNumber, Primary, Search,
 };
 
+use crate::disks::HostDisk;
 use crate::guest::{Guest, Output};
 use crate::network::End;
 use crate::world::Happening;
@@ -102,6 +103,11 @@ pub struct Node {
     pub decoder: Decoder,
     /// Log handed to the vCPU and not decoded yet.
     pub log: VecDeque<Vec<u8>>,
+    /// A record that the replaying vCPU cannot apply yet, with its end.
+    pub next_record: Option<(ft::Record, ft::LogPosition)>,
+    /// The end of the last record applied.
+    pub executed: u64,
+    pub disk: HostDisk,
     pub loaded: bool,
     /// The vCPU writes the log; before the clone is sent it runs as if alone.
     pub recording: bool,
@@ -150,6 +156,9 @@ impl Node {
             encoder: Encoder::new(ft::ExecutionPoint(0)),
             decoder: Decoder::new(ft::ExecutionPoint(0)),
             log: VecDeque::new(),
+            next_record: None,
+            executed: 0,
+            disk: HostDisk::default(),
             loaded: false,
             recording: false,
             digests: 0,
@@ -188,6 +197,7 @@ impl Node {
         self.frozen_until = old.frozen_until;
         self.slow_until = old.slow_until;
         self.backlog = old.backlog;
+        self.disk.image = old.disk.image;
     }
 
     pub fn end(&self) -> End {

@@ -38,4 +38,10 @@ pub enum Plant {
     OldGenerationAgain,
     /// A search ends when a backup is lost.
     SearchGivesUp,
+    /// A write leaves though the backup has yet to read what it overwrites.
+    ReadNotAwaited,
+    /// The backup applies a completion when the log says so, whatever its own disk says.
+    OwnDiskNotAwaited,
+    /// A host that was in the pair before is taken to have the disk that it had.
+    StaleDiskTrusted,
 }

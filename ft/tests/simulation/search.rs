@@ -3,8 +3,8 @@
 //! begins the next generation with fresh state machines.
 
 use ft::{
-    Backup, BackupConfig, Capabilities, DiskMode, DiskReads, FrameReader, Generation, PairId,
-    Primary, PrimaryConfig, Search, Terms, Timing,
+    Backup, BackupConfig, Capabilities, DiskMode, FrameReader, Generation, LogPosition, OutputGate,
+    PairId, Primary, PrimaryConfig, Search, Terms, Timing,
 };
 
 use crate::network::End;
@@ -32,7 +32,7 @@ fn capabilities(host: usize) -> Capabilities {
         cpu_model: "simulated".into(),
         memory_bytes: 1 << 20,
         devices: vec!["disk".into()],
-        disk_modes: vec![DiskMode::Shared],
+        disk_modes: vec![DiskMode::Shared, DiskMode::Mirrored],
     }
 }
 
@@ -149,6 +149,10 @@ impl World {
         node.connection = Some((connection, 0));
         node.reader = FrameReader::new();
         node.recording = false;
+        node.gate = OutputGate::new();
+        node.disk.unread = Default::default();
+        node.disk.executed = LogPosition(0);
+        let (disk_mode, disk_reads) = self.disks.terms();
         let standbys = node.wish.as_ref().map(|wish| wish.standbys.clone()).unwrap_or_default();
         let config = PrimaryConfig {
             terms: Terms {
@@ -157,8 +161,8 @@ impl World {
                 timing: timing(),
                 log_buffer_bytes: 4_000,
                 arbiter_url: "file:/nowhere".into(),
-                disk_mode: DiskMode::Shared,
-                disk_reads: DiskReads::Log,
+                disk_mode,
+                disk_reads,
                 same_host: false,
                 standbys,
                 standby: address(standby),

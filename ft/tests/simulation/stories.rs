@@ -3,6 +3,7 @@
 
 use ft::Timing;
 
+use crate::disks::Disks;
 use crate::faults::Fault;
 use crate::world::{Outcome, World};
 
@@ -287,4 +288,27 @@ fn backup_is_slow() {
         assert!(outcome.lagging_us < 500_000, "lagged for {} us", outcome.lagging_us);
         assert!(outcome.throttle < 0.01, "the primary has its full speed back");
     });
+}
+
+#[test]
+fn mirrored_disks_are_made_alike_after_every_loss() {
+    let kills: Vec<_> = (0..3).map(|turn| (AT + turn * 2_000_000, Fault::CrashLive)).collect();
+    for seed in 1..=8 {
+        let outcome = World::story_on(seed, Disks::Mirrored, &kills);
+        assert!(outcome.violation.is_none(), "seed {seed}: {:?}", outcome.violation);
+        assert!(outcome.failovers == 3 && !outcome.lost && outcome.protections == 4);
+        let tally = outcome.tally;
+        assert!(tally.copied > 4 && tally.compared > 100 && tally.awaited > 0, "{tally:?}");
+    }
+}
+
+#[test]
+fn writes_wait_for_what_the_backup_has_yet_to_read() {
+    for seed in 1..=8 {
+        let faults = [(AT, Fault::CrashProcess { node: 0 })];
+        let outcome = World::story_on(seed, Disks::BackupReads, &faults);
+        assert!(outcome.violation.is_none(), "seed {seed}: {:?}", outcome.violation);
+        assert!(outcome.failovers == 1 && !outcome.lost);
+        assert!(outcome.tally.behind > 0 && outcome.tally.awaited > 0, "{:?}", outcome.tally);
+    }
 }

@@ -1,8 +1,9 @@
 //! The vCPU threads: solo, recording and replaying.
 
-use ft::{Control, Entry, Event, LogPosition, backup, primary};
+use ft::{Control, Entry, Event, LogPosition, Record, backup, primary};
 
-use crate::guest::Output;
+use crate::disks::{Disks, completion};
+use crate::guest::{Effect, Op, Output};
 use crate::node::{Role, Tagged};
 use crate::plant::Plant;
 use crate::world::{Happening, World};
@@ -41,16 +42,23 @@ impl World {
         for event in node.inputs.drain(..) {
             guest.apply(&event);
         }
-        let mut outputs = Vec::new();
-        guest.run_to(guest.point + INSTRUCTIONS, &mut outputs);
+        let mut effects = Vec::new();
+        guest.run_to(guest.point + INSTRUCTIONS, &mut effects);
         let generation = node.generation;
-        for (_, number, output) in outputs {
-            self.give_to_back_half(id, Tagged { number, output, generation, position: None });
+        for (_, effect) in effects {
+            match effect {
+                Effect::Internal(request) => self.issue(id, request),
+                Effect::Output(number, output) => {
+                    let tagged = Tagged { number, output, generation, position: None };
+                    self.give_to_back_half(id, tagged);
+                }
+            }
         }
     }
 
     fn record(&mut self, id: usize) {
         let now = self.nodes[id].clock.now(self.t);
+        let disks = self.disks;
         let node = &mut self.nodes[id];
         let hand_over = std::mem::take(&mut node.log_hand_over);
         if node.paused || ((node.stalled || node.throttle >= 1.0) && !hand_over) {
@@ -59,7 +67,7 @@ impl World {
         let Some(guest) = &mut node.guest else { return };
         node.quanta += 1;
         let mut bytes = Vec::new();
-        let mut outputs = Vec::new();
+        let mut effects = Vec::new();
         let out_now = if self.plant == Some(Plant::ReleasedBeforeSent) {
             node.gate.released()
         } else {
@@ -75,12 +83,49 @@ impl World {
         let mut events: Vec<Event> = node.inputs.drain(..).collect();
         events.push(Event::Anchor { tsc: now.as_nanos() as u64, rate: 3 << 32 });
         for event in events {
+            let completed = match &event {
+                Event::DiskCompletion { request, data, .. } => {
+                    guest.request_under_way(*request).map(|found| (found, data.clone()))
+                }
+                _ => None,
+            };
             guest.apply(&event);
-            node.encoder.append(guest.at(), &Entry::Event(event), &mut bytes).expect("a record");
+            let by_itself =
+                completed.as_ref().is_some_and(|(found, _)| disks.backup_does(found.op));
+            let logged = match event {
+                Event::DiskCompletion { request, .. } if by_itself => {
+                    completion(request, Vec::new())
+                }
+                event => event,
+            };
+            let end = node.encoder.append(guest.at(), &Entry::Event(logged), &mut bytes);
+            let end = end.expect("a record");
+            if let Some((request, data)) = completed
+                && request.op == Op::Read
+            {
+                self.checkers.primary_read(node.generation, end.0, data);
+                if disks == Disks::BackupReads {
+                    node.disk.unread[request.block] = end;
+                }
+            }
         }
         let instructions = (INSTRUCTIONS as f64 * (1.0 - node.throttle)) as u64;
-        guest.run_to(guest.point + instructions, &mut outputs);
-        for (point, number, output) in outputs {
+        guest.run_to(guest.point + instructions, &mut effects);
+        let mut requests = Vec::new();
+        for (point, effect) in effects {
+            let (number, output) = match effect {
+                Effect::Output(number, output) => (number, output),
+                Effect::Internal(request) => {
+                    requests.push(request);
+                    continue;
+                }
+            };
+            let behind = match &output {
+                Output::Disk(_) if self.plant == Some(Plant::ReadNotAwaited) => LogPosition(0),
+                Output::Disk(request) => node.disk.unread[request.block],
+                Output::Answer { .. } => LogPosition(0),
+            };
+            self.tally.behind += u64::from(behind > node.disk.executed);
             let entry = Entry::Output { number };
             let point = ft::ExecutionPoint(point);
             let end = node.encoder.append(point, &entry, &mut bytes).expect("a record");
@@ -90,7 +135,7 @@ impl World {
                 Some(Plant::GateReleasesEarly) => LogPosition(0),
                 _ => end,
             };
-            node.gate.hold(now, number, position, 100, tagged);
+            node.gate.hold_behind(now, number, position, behind, 100, tagged);
         }
         let mut digested = None;
         let last = if hand_over {
@@ -106,6 +151,9 @@ impl World {
         let point = guest.at();
         let end = node.encoder.append(point, &last, &mut bytes).expect("a record");
         self.checkers.recorded(node.generation, end.0, guest);
+        for request in requests {
+            self.issue(id, request);
+        }
         if let Some(pages) = digested {
             self.step_primary(id, primary::Input::Digested { point, pages });
         }
@@ -118,42 +166,53 @@ impl World {
         }
     }
 
-    fn replay(&mut self, id: usize) {
-        let node = &mut self.nodes[id];
-        if !node.loaded {
-            return;
-        }
-        let Some(guest) = &mut node.guest else { return };
+    pub fn replay(&mut self, id: usize) {
+        let node = &self.nodes[id];
+        let Some(guest) = node.guest.as_ref().filter(|_| node.loaded) else { return };
         let start = guest.point;
-        let before = node.decoder.position();
+        let before = node.executed;
         let mut unequal = None;
         // A backup may be a little faster than its primary, or it would never catch up.
-        while guest.point < start + 2 * INSTRUCTIONS {
-            let record = match node.decoder.next_record() {
-                Ok(Some((record, _))) => record,
-                Err(error) => {
-                    let reason = error.to_string();
-                    return self.step_backup(id, backup::Input::Failed { reason });
-                }
-                Ok(None) => match node.log.pop_front() {
-                    Some(bytes) => {
-                        node.decoder.push(&bytes);
-                        continue;
-                    }
-                    None => break,
-                },
+        while self.nodes[id]
+            .guest
+            .as_ref()
+            .is_some_and(|guest| guest.point < start + 2 * INSTRUCTIONS)
+        {
+            let (record, end) = match self.next_record(id) {
+                Ok(Some(next)) => next,
+                Ok(None) => break,
+                Err(reason) => return self.step_backup(id, backup::Input::Failed { reason }),
             };
-            let mut outputs: Vec<(u64, ft::OutputNumber, Output)> = Vec::new();
-            guest.run_to(record.point.0, &mut outputs);
-            for (_, number, output) in outputs {
-                node.kept.keep(number, 100, output);
-            }
-            match record.entry {
-                Entry::Event(event) => guest.apply(&event),
+            self.run_behind(id, record.point.0);
+            let entry = match record.entry {
+                Entry::Event(event) => {
+                    let Some(settled) = self.settle(id, &event) else {
+                        let record = Record { point: record.point, entry: Entry::Event(event) };
+                        self.nodes[id].next_record = Some((record, end));
+                        break;
+                    };
+                    Entry::Event(settled)
+                }
+                entry => entry,
+            };
+            let node = &mut self.nodes[id];
+            let Some(guest) = &mut node.guest else { return };
+            node.executed = end.0;
+            match entry {
+                Entry::Event(event) => {
+                    if let Event::DiskCompletion { data, .. } = &event
+                        && !data.is_empty()
+                        && !node.tainted
+                    {
+                        self.checkers.backup_read(node.generation, end.0, data);
+                    }
+                    guest.apply(&event);
+                }
                 Entry::Output { number } => {
                     // The first sign of a guest that differs may come before the next digest.
                     if number.0 >= guest.next_output {
-                        assert!(node.tainted, "a sound guest did not produce output {number}");
+                        let known = node.tainted || self.checkers.violation.is_some();
+                        assert!(known, "a sound guest did not produce output {number}");
                         let reason = format!("output {number} does not come");
                         return self.step_backup(id, backup::Input::Failed { reason });
                     }
@@ -163,7 +222,7 @@ impl World {
                     node.digests += 1;
                     unequal = digest
                         .first_unequal(&guest.digest())
-                        .map(|unequal| (unequal, guest.pages()));
+                        .map(|unequal| (unequal, guest.at(), guest.pages()));
                     if unequal.is_some() {
                         break;
                     }
@@ -171,13 +230,46 @@ impl World {
                 Entry::Mark => {}
             }
         }
-        let point = guest.at();
-        let position = node.decoder.position();
+        self.compare_mirrors(id);
+        let node = &self.nodes[id];
+        let Some(point) = node.guest.as_ref().map(|guest| guest.at()) else { return };
+        let position = LogPosition(node.executed);
         let digests_compared = node.digests;
-        if let Some((unequal, pages)) = unequal {
+        if let Some((unequal, point, pages)) = unequal {
             self.step_backup(id, backup::Input::Unequal { point, unequal, pages });
-        } else if position > before && self.plant != Some(Plant::LiveWithoutDraining) {
+        } else if position.0 > before && self.plant != Some(Plant::LiveWithoutDraining) {
             self.step_backup(id, backup::Input::Executed { point, position, digests_compared });
+        }
+    }
+
+    /// The record to be applied next, with its end, if it has come.
+    fn next_record(&mut self, id: usize) -> Result<Option<(Record, LogPosition)>, String> {
+        let node = &mut self.nodes[id];
+        if let Some(next) = node.next_record.take() {
+            return Ok(Some(next));
+        }
+        loop {
+            if let Some(next) = node.decoder.next_record().map_err(|error| error.to_string())? {
+                return Ok(Some(next));
+            }
+            match node.log.pop_front() {
+                Some(bytes) => node.decoder.push(&bytes),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The backup's guest executes up to `point`. Its outputs are kept, and its requests done as far as they are its own.
+    fn run_behind(&mut self, id: usize, point: u64) {
+        let node = &mut self.nodes[id];
+        let Some(guest) = &mut node.guest else { return };
+        let mut effects = Vec::new();
+        guest.run_to(point, &mut effects);
+        for (_, effect) in effects {
+            match effect {
+                Effect::Output(number, output) => self.nodes[id].kept.keep(number, 100, output),
+                Effect::Internal(request) => self.follow(id, request),
+            }
         }
     }
 }

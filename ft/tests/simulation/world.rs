@@ -5,8 +5,9 @@ use std::collections::BinaryHeap;
 
 use crate::arbiter::ArbiterModel;
 use crate::checkers::{Checkers, Violation};
+use crate::disks::{Disks, Image, Tally};
 use crate::faults::{Fault, plan};
-use crate::guest::{CLIENTS, Guest, Output};
+use crate::guest::{CLIENTS, Guest, Op, Output, Request};
 use crate::network::{End, Network, Packet};
 use crate::node::{Clock, Node, Role, Tagged};
 use crate::plant::Plant;
@@ -75,6 +76,12 @@ pub enum Happening {
     Completed {
         at: End,
         request: u64,
+        data: Vec<u8>,
+    },
+    /// A host's disk does what is no output.
+    Worked {
+        from: End,
+        request: Request,
     },
     Thaw {
         node: usize,
@@ -132,8 +139,10 @@ pub struct World {
     pub arbiter: ArbiterModel,
     /// Until when the disk tells late that a write is done.
     pub disk_slow_until: u64,
+    pub disks: Disks,
     /// What is on the shared disk, by client.
-    pub disk: [u64; CLIENTS],
+    pub disk: Image,
+    pub tally: Tally,
     /// The request that each client waits for.
     pub waiting: [u64; CLIENTS],
     pub checkers: Checkers,
@@ -166,10 +175,11 @@ pub struct Outcome {
     pub lost: bool,
     /// The newest generation that anybody lived in.
     pub generation: u64,
+    pub tally: Tally,
 }
 
 impl World {
-    fn new(seed: u64, plant: Option<Plant>, traced: bool) -> Self {
+    fn new(seed: u64, disks: Disks, plant: Option<Plant>, traced: bool) -> Self {
         let mut rng = Rng::new(seed);
         // Mostly a standby more than the pair needs.
         let count = if rng.percent(25) { 2 } else { 3 };
@@ -177,7 +187,12 @@ impl World {
             .map(|id| {
                 let offset = rng.range(1_000_000, 1_000_000_000) as i64;
                 let drift = rng.range(0, 2001) as i64 - 1000;
-                Node::new(id, Clock::new(offset, drift))
+                let mut node = Node::new(id, Clock::new(offset, drift));
+                if id > 0 {
+                    // Its disk holds something else.
+                    node.disk.image = [u64::MAX / 2; CLIENTS];
+                }
+                node
             })
             .collect();
         Self {
@@ -189,7 +204,9 @@ impl World {
             network: Network::new(),
             arbiter: ArbiterModel::default(),
             disk_slow_until: 0,
+            disks,
             disk: [0; CLIENTS],
+            tally: Tally::default(),
             waiting: [1; CLIENTS],
             checkers: Checkers::new(),
             plant,
@@ -205,19 +222,24 @@ impl World {
 
     /// Runs the history of a seed.
     pub fn run(seed: u64, plant: Option<Plant>, traced: bool) -> Outcome {
-        let mut world = World::new(seed, plant, traced);
+        let mut world = World::new(seed, Disks::of_seed(seed), plant, traced);
         let faults = plan(&mut world.rng, world.nodes.len(), FAULTS_END_US);
         world.run_with(&faults)
     }
 
     /// Runs a history with these faults: a story told by hand.
     pub fn story(seed: u64, faults: &[(u64, Fault)]) -> Outcome {
-        World::new(seed, None, true).run_with(faults)
+        Self::story_on(seed, Disks::of_seed(seed), faults)
+    }
+
+    /// As [`World::story`], with disks held like this.
+    pub fn story_on(seed: u64, disks: Disks, faults: &[(u64, Fault)]) -> Outcome {
+        World::new(seed, disks, None, true).run_with(faults)
     }
 
     fn run_with(mut self, faults: &[(u64, Fault)]) -> Outcome {
         let first = self.nodes[0].end();
-        self.nodes[0].guest = Some(Guest::new());
+        self.nodes[0].guest = Some(Guest::new(self.disks));
         self.nodes[0].generation = 1;
         self.nodes[0].membership = 1;
         self.nodes[0].role = Role::Solo;
@@ -278,6 +300,7 @@ impl World {
             throttle: self.nodes.iter().map(|node| node.throttle).fold(0.0, f64::max),
             lost,
             generation: self.checkers.newest().map_or(0, |(generation, _)| generation),
+            tally: self.tally,
         }
     }
 
@@ -327,6 +350,7 @@ impl World {
             Happening::ArbiterAnswers { to, .. } => Some(*to),
             Happening::Connects(attempt) => Some(attempt.from),
             Happening::Landed { .. }
+            | Happening::Worked { .. }
             | Happening::AskArbiter { .. }
             | Happening::ClaimActs { .. }
             | Happening::Thaw { .. }
@@ -363,7 +387,8 @@ impl World {
                 self.arbiter_answers(to.node, generation, answer);
             }
             Happening::ClaimActs { who, generation } => self.claim_acts(&who, generation),
-            Happening::Completed { at, request } => self.completed(at.node, request),
+            Happening::Completed { at, request, data } => self.completed(at.node, request, data),
+            Happening::Worked { from, request } => self.worked(from, request),
             Happening::Thaw { node } => self.thaw(node),
             Happening::Heal => self.heal(),
             Happening::Fault(fault) => self.fault(fault),
@@ -389,30 +414,26 @@ impl World {
         self.after(250_000, Happening::ClientAsks { client });
     }
 
-    /// The guest hears of a write, unless its process has lost it meanwhile.
-    fn completed(&mut self, node: usize, request: u64) {
-        let status = 0;
-        let event = ft::Event::DiskCompletion { device: 0, request, status, data: Vec::new() };
-        self.nodes[node].inputs.push(event);
-    }
-
     /// An output has reached the world.
     fn landed(&mut self, from: End, tagged: Tagged) {
         self.checkers.landed(self.t, from, &tagged);
         match tagged.output {
-            Output::Write { id, client, request } => {
-                self.checkers.written(self.t, from, self.disk[client], request);
-                self.disk[client] = request;
+            Output::Disk(Request { op: Op::Read, .. }) => unreachable!("a read is no output"),
+            Output::Disk(Request { id, block, op: Op::Write(value) }) => {
+                self.checkers.written(self.t, from, self.disk[block], value);
+                self.disk[block] = value;
                 let late = if self.t < self.disk_slow_until {
                     self.rng.range(20_000, 1_000_000)
                 } else {
                     0
                 };
-                self.after(late, Happening::Completed { at: from, request: id });
+                let data = Vec::new();
+                self.after(late, Happening::Completed { at: from, request: id, data });
             }
             Output::Answer { client, request, total } => {
                 let awaited = self.waiting[client];
-                self.checkers.answered(self.t, awaited, request, total, self.disk[client]);
+                let held = self.image(from.node)[client];
+                self.checkers.answered(self.t, awaited, request, total, held);
                 if request == awaited && total >= request {
                     self.waiting[client] += 1;
                     let next = self.waiting[client];

@@ -5,15 +5,18 @@ mod doubt;
 mod drained;
 mod fencing;
 mod generations;
+mod mirrors;
 mod nothing_lost;
 mod one_live;
 mod output_rule;
 mod outputs_kept;
 mod progress;
+mod same_reads;
 
 use std::collections::BTreeMap;
 
-use crate::guest::Guest;
+use crate::disks::Image;
+use crate::guest::{Guest, Request};
 use crate::network::End;
 use crate::node::{Node, Tagged};
 
@@ -38,6 +41,7 @@ pub struct Checkers {
     output_rule: output_rule::OutputRule,
     outputs_kept: outputs_kept::OutputsKept,
     progress: progress::Progress,
+    same_reads: same_reads::SameReads,
 }
 
 impl Checkers {
@@ -160,6 +164,29 @@ impl Checkers {
     pub fn takes_over_outputs(&mut self, next_output: u64, kept: &[u64]) {
         let verdict = self.outputs_kept.goes_live(next_output, kept);
         self.judge("outputs_kept", verdict);
+    }
+
+    /// The backup has executed all that its primary has recorded.
+    pub fn mirrors(&mut self, t: u64, images: (&Image, &Image), under_way: &[Request]) {
+        let verdict = mirrors::equal(t, images, under_way);
+        self.judge("mirrors", verdict);
+    }
+
+    /// A side goes live with this disk.
+    pub fn survivors_disk(&mut self, t: u64, image: &Image, waiting: &Image) {
+        let verdict = mirrors::survivor(t, image, waiting);
+        self.judge("mirrors", verdict);
+    }
+
+    /// The primary's guest is given what was read; its record ends here.
+    pub fn primary_read(&mut self, generation: u64, position: u64, data: Vec<u8>) {
+        self.same_reads.primary(generation, position, data);
+    }
+
+    /// The backup's guest is given what was read.
+    pub fn backup_read(&mut self, generation: u64, position: u64, data: &[u8]) {
+        let verdict = self.same_reads.backup(generation, position, data);
+        self.judge("same_reads", verdict);
     }
 
     /// The history is over.

@@ -1,0 +1,27 @@
+//! What the backup's guest is given as read is what the primary's was given at that position of the log, wherever each
+//! of them read it.
+
+use std::collections::BTreeMap;
+
+use super::Verdict;
+
+#[derive(Default)]
+pub struct SameReads {
+    /// By generation and position: what the primary's guest was given.
+    given: BTreeMap<(u64, u64), Vec<u8>>,
+}
+
+impl SameReads {
+    pub fn primary(&mut self, generation: u64, position: u64, data: Vec<u8>) {
+        self.given.insert((generation, position), data);
+    }
+
+    pub fn backup(&self, generation: u64, position: u64, data: &[u8]) -> Verdict {
+        match self.given.get(&(generation, position)) {
+            Some(given) if given == data => Ok(()),
+            given => Err(format!(
+                "at position {position} of generation {generation} the backup has read {data:?}, the primary {given:?}"
+            )),
+        }
+    }
+}
