@@ -248,6 +248,18 @@ impl World {
         self.tally.copied += 1;
     }
 
+    /// Whether the primary of the backup `id` still records for it. One that runs alone waits for no read, and its backup
+    /// never goes live.
+    pub fn is_followed(&self, id: usize) -> bool {
+        let Some((connection, end)) = self.nodes[id].connection else { return false };
+        let other = self.network.connections[connection].ends[1 - end];
+        let primary = &self.nodes[other.node];
+        self.lives(other)
+            && primary.recording
+            && matches!(primary.role, Role::Primary(_))
+            && primary.connection == Some((connection, 1 - end))
+    }
+
     /// Compares the images of a pair, if its backup `id` has executed all that there is.
     pub fn compare_mirrors(&mut self, id: usize) {
         let backup = &self.nodes[id];

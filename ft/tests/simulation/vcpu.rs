@@ -4,6 +4,7 @@ use ft::{Control, Entry, Event, LogPosition, Record, backup, primary};
 
 use crate::disks::{Disks, completion};
 use crate::guest::{Effect, Op, Output};
+use crate::network::End;
 use crate::node::{Role, Tagged};
 use crate::plant::Plant;
 use crate::world::{Happening, World};
@@ -195,6 +196,7 @@ impl World {
                 }
                 entry => entry,
             };
+            let followed = self.is_followed(id);
             let node = &mut self.nodes[id];
             let Some(guest) = &mut node.guest else { return };
             node.executed = end.0;
@@ -204,7 +206,15 @@ impl World {
                         && !data.is_empty()
                         && !node.tainted
                     {
-                        self.checkers.backup_read(node.generation, end.0, data);
+                        let backup = End { node: id, life: node.life };
+                        let same = self.checkers.backup_read(
+                            backup,
+                            node.generation,
+                            end.0,
+                            data,
+                            followed,
+                        );
+                        node.tainted |= !same;
                     }
                     guest.apply(&event);
                 }

@@ -156,6 +156,8 @@ impl Checkers {
         guest: &Guest,
         tainted: bool,
     ) {
+        let verdict = self.same_reads.goes_live(end);
+        self.judge("same_reads", verdict);
         let verdict = self.drained.goes_live(end, generation, executed, received, guest, tainted);
         self.judge("drained", verdict);
     }
@@ -183,10 +185,22 @@ impl Checkers {
         self.same_reads.primary(generation, position, data);
     }
 
-    /// The backup's guest is given what was read.
-    pub fn backup_read(&mut self, generation: u64, position: u64, data: &[u8]) {
-        let verdict = self.same_reads.backup(generation, position, data);
-        self.judge("same_reads", verdict);
+    /// The backup's guest is given what was read. Gives whether it is the same. Where its primary no longer records for
+    /// it (`followed`), it may differ as long as it does not go live.
+    pub fn backup_read(
+        &mut self,
+        end: End,
+        generation: u64,
+        position: u64,
+        data: &[u8],
+        followed: bool,
+    ) -> bool {
+        let verdict = self.same_reads.backup(end, generation, position, data);
+        let same = verdict.is_ok();
+        if followed {
+            self.judge("same_reads", verdict);
+        }
+        same
     }
 
     /// The history is over.
