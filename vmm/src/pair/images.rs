@@ -1,7 +1,8 @@
 //! The images of mirrored disks on the backup's side while they are made copies of the primary's.
 //!
 //! A thread of its own compares and writes, at ordinary priority: the ft thread must go on speaking. It takes one job after
-//! the other, and its queue is short, so that a primary sends no faster than this host writes.
+//! the other, and its queue is short: while it is full the ft thread reads no more, so that a primary sends no faster than
+//! this host writes.
 //!
 //! What must hold: the guest replays only on images that hold everything sent, and its primary hears that it is ready only
 //! when they hold it for good.

@@ -21,11 +21,6 @@ use crate::guest::{Guest, GuestError};
 
 /// Guest time between two digests of a recorded guest, in nanoseconds.
 const DIGEST_INTERVAL_NS: u64 = 500_000_000;
-/// Guest time after which the log of a guest that makes no output is sent on, in nanoseconds. Each piece wakes the ft
-/// threads of both sides several times, and they run on the processors that the guests need; outputs, on which
-/// somebody may wait, never wait for it.
-const FLUSH_INTERVAL_NS: u64 = 8_000_000;
-
 /// An output has the log sent at once, but those that follow within this part of a quantum, a quarter of a millisecond,
 /// wait for its end or for the guest to sleep. Each piece of log costs several thread switches, on the processors that the
 /// guests need, and a busy service answers many clients in a row.
@@ -281,8 +276,11 @@ impl Live {
         if guest.tsc() >= self.next_digest_tsc {
             self.digest(guest)?;
         }
-        if guest.tsc() >= self.next_flush_tsc {
-            self.next_flush_tsc = guest.tsc().saturating_add(FLUSH_INTERVAL_NS);
+        if let Some(recorder) = &self.recorder
+            && guest.tsc() >= self.next_flush_tsc
+        {
+            let interval_ns = recorder.flush_interval().as_nanos() as u64;
+            self.next_flush_tsc = guest.tsc().saturating_add(interval_ns);
             self.flush();
         }
         Ok(())
@@ -372,7 +370,8 @@ impl Live {
         self.flush();
     }
 
-    fn flush(&mut self) {
+    /// Sends on what is collected: nothing waits while the guest stands still.
+    pub fn flush(&mut self) {
         self.outputs_due = u64::MAX;
         if let Some(recorder) = &mut self.recorder {
             recorder.flush();
