@@ -63,6 +63,8 @@ pub struct Live {
     early: Vec<Event>,
     /// Requests that this side's disks had begun when the guest went live here.
     inherited: BTreeSet<(u8, u64)>,
+    /// As those, and completed for the guest before: how they end is nothing to it.
+    strays: BTreeSet<(u8, u64)>,
 }
 
 impl Live {
@@ -84,13 +86,15 @@ impl Live {
             gathering_until: 0,
             early: Vec::new(),
             inherited: BTreeSet::new(),
+            strays: BTreeSet::new(),
         }
     }
 
     /// Goes on with what the disks of this side, which was a backup, have under way.
     #[must_use]
     pub fn with_disks_under_way(self, disks: UnderWay) -> Self {
-        Self { early: disks.done, inherited: disks.running.into_iter().collect(), ..self }
+        let UnderWay { done: early, running, strays } = disks;
+        Self { early, inherited: running.into_iter().collect(), strays, ..self }
     }
 
     /// Becomes the recording side of a pair.
@@ -134,7 +138,7 @@ impl Live {
 
     /// Applies an input here and logs it.
     pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
-        if self.issue_again(guest, &event) {
+        if self.is_stray(&event) || self.issue_again(guest, &event) {
             return Ok(());
         }
         self.wake(guest)?;
@@ -150,6 +154,10 @@ impl Live {
         self.drain_effects(guest)?;
         self.take_more(guest);
         Ok(())
+    }
+
+    fn is_stray(&mut self, event: &Event) -> bool {
+        matches!(event, Event::DiskCompletion { device, request, .. } if self.strays.remove(&(*device, *request)))
     }
 
     /// A request that was under way when the guest went live here is not reported as failed before it was tried as
