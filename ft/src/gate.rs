@@ -2,7 +2,7 @@
 //!
 //! The output rule: an output leaves only after the backup acknowledged the log up to the end of the
 //! record that the output was logged with. Only then does a backup that goes live reach the state that
-//! produced the output. The guest never waits for it.
+//! produced the output. The guest does not wait for it.
 
 use std::collections::VecDeque;
 use std::time::Duration;

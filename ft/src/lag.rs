@@ -172,6 +172,11 @@ impl LagControl {
         (self.throttle != before).then_some(self.throttle)
     }
 
+    /// Takes nothing any more. Whether anything was taken.
+    pub fn release(&mut self) -> bool {
+        std::mem::take(&mut self.throttle) != 0.0
+    }
+
     /// When [`LagControl::control`] is due at the latest.
     pub fn deadline(&self) -> Duration {
         self.acted + PERIOD

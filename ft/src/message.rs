@@ -55,6 +55,12 @@ pub const DISK_BLOCK_BYTES: usize = 64 << 10;
 /// Bytes of a hash in [`Message::DiskHashes`].
 pub const DISK_HASH_BYTES: usize = 32;
 
+/// Most blocks in one [`Message::DiskHashes`].
+pub const MAX_DISK_HASHES: usize = 64;
+
+/// Most bytes in one [`Message::DiskData`] or [`Message::DiskZeroes`]: what a backup does at a time.
+pub const MAX_DISK_PIECE_BYTES: usize = 256 << 10;
+
 /// What one side says to the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
@@ -97,7 +103,7 @@ pub enum Message {
         disk: u32,
         /// Number of the first block; all have [`DISK_BLOCK_BYTES`] but the last of the disk.
         first: u64,
-        /// A hash of [`DISK_HASH_BYTES`] for each, SHA-256.
+        /// A hash of [`DISK_HASH_BYTES`] for each, SHA-256; at most [`MAX_DISK_HASHES`].
         #[serde(with = "bytes::one")]
         hashes: Vec<u8>,
     },
@@ -117,7 +123,7 @@ pub enum Message {
         disk: u32,
         /// Where, in bytes.
         offset: u64,
-        /// What is there.
+        /// What is there, at most [`MAX_DISK_PIECE_BYTES`].
         #[serde(with = "bytes::one")]
         bytes: Vec<u8>,
     },
@@ -127,7 +133,7 @@ pub enum Message {
         disk: u32,
         /// Where, in bytes.
         offset: u64,
-        /// How many bytes.
+        /// How many bytes, at most [`MAX_DISK_PIECE_BYTES`].
         len: u64,
     },
     /// Primary: all that one round of the copy has found is on its way.

@@ -104,7 +104,7 @@ pub struct Timing {
     pub clone_timeout_ms: u64,
     /// How long to wait before asking an arbiter again that could not be reached.
     pub claim_retry_ms: u64,
-    /// Lag above which the primary is stopped until the backup has caught up.
+    /// Lag that is not to be reached: the primary is slowed down from a fifth of it on, and stands still at four fifths.
     pub max_lag_ms: u64,
 }
 

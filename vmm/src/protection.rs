@@ -25,6 +25,7 @@ use crate::api::{ChosenSecurity, ControlError, FtEnableConfig, TcpUrl};
 use crate::config::VmConfig;
 use crate::machine::facts;
 use crate::pair::clone::CloneHeader;
+use crate::pair::marker;
 use crate::pair::primary::{PrimaryObserver, PrimaryParts, PrimaryThread};
 use crate::pair::wire::Wire;
 use crate::pair::{MACHINE_MODEL, arbiter, boot_time, host_identity};
@@ -231,6 +232,9 @@ impl Protection {
     /// Has the VM protected. Returns when a standby takes it, and its copy is being made; an error if all
     /// have refused. A search under way is replaced.
     pub fn enable(&self, request: Request) -> Result<(), ControlError> {
+        if request.disk_mode == DiskMode::Mirrored {
+            self.0.check_images().map_err(|reason| ControlError::new(500, reason))?;
+        }
         self.0.announce(&request).map_err(|reason| {
             let what = "The arbiter cannot be used; both hosts must reach it".to_owned();
             ControlError { status: 500, chain: vec![what, reason] }
@@ -411,6 +415,12 @@ impl Inner {
         }
         plan.primary = Some(Arc::new(PrimaryThread::start(parts)?));
         Ok(())
+    }
+
+    /// Whether the VM's images can be a mirrored pair's. Those of a side that was a backup were looked at there.
+    fn check_images(&self) -> Result<(), String> {
+        let state = self.shared.lock();
+        state.vm.as_ref().map_or(Ok(()), |vm| marker::check_kinds(vm.config()))
     }
 
     /// Tells the arbiter that this side looks for a backup.

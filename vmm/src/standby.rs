@@ -71,13 +71,16 @@ fn make_missing(config: &VmConfig, sectors: &[u64]) -> Result<Vec<PathBuf>, Stri
             continue;
         }
         let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let sized = new.and_then(|file| file.set_len(sectors.saturating_mul(512)));
+        let sized = new.and_then(|file| {
+            // From here on it is there, whatever becomes of its size.
+            made.push(path.clone());
+            file.set_len(sectors.saturating_mul(512))
+        });
         if let Err(error) = sized {
             discard_made(&made);
             return Err(format!("the backup cannot make disk image {}: {error}", path.display()));
         }
         log::info!("disk image {} was not there: made with {sectors} sectors", path.display());
-        made.push(path.clone());
     }
     Ok(made)
 }
@@ -100,6 +103,9 @@ impl Standby {
     ) -> Result<Prepared, String> {
         let local = localized(config, &self.disks)?;
         let mirrored = terms.disk_mode == DiskMode::Mirrored;
+        if mirrored {
+            marker::check_kinds(&local)?;
+        }
         let primary_sectors = &header.host.disk_sectors;
         let made = if mirrored { make_missing(&local, primary_sectors)? } else { Vec::new() };
         let open = || -> Result<Prepared, String> {
@@ -115,7 +121,8 @@ impl Standby {
             if mirrored {
                 prepared.lock_disks().map_err(|error| {
                     format!(
-                        "each side of a mirrored pair needs images of its own: {}; ft.receive on the backup can name                          others: disks=[ID=PATH,...]",
+                        "each side of a mirrored pair needs images of its own: {}; ft.receive on the backup can name \
+                         others: disks=[ID=PATH,...]",
                         chain(&error)
                     )
                 })?;
@@ -250,5 +257,28 @@ impl BackupHost for Standby {
         state.last.reason = Some(reason.to_owned());
         drop(state);
         drop(vm);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DiskConfig;
+
+    #[test]
+    fn an_image_that_cannot_be_made_whole_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = ["a", "b"].map(|name| directory.path().join(name));
+        let disk =
+            |path: &PathBuf| DiskConfig { path: Some(path.clone()), ..DiskConfig::default() };
+        let disks = paths.iter().map(disk).collect();
+        let config = VmConfig { disks: Some(disks), ..VmConfig::default() };
+        // No file is as large as that.
+        let refused = make_missing(&config, &[8, u64::MAX]).unwrap_err();
+        assert!(refused.contains(paths[1].to_str().unwrap()), "{refused}");
+        assert!(paths.iter().all(|path| !path.exists()));
+        assert_eq!(make_missing(&config, &[8, 8]).unwrap(), paths);
+        assert_eq!(make_missing(&config, &[8, 8]).unwrap(), [PathBuf::new(); 0]);
+        assert!(paths.iter().all(|path| path.metadata().unwrap().len() == 4096));
     }
 }

@@ -6,7 +6,8 @@ use super::state::{Asked, Cause, State};
 use super::{Action, Backup, MAX_LOG_BUFFER_BYTES};
 use crate::codec::MAX_RECORD_BYTES;
 use crate::message::{
-    CloneStart, DISK_HASH_BYTES, HELLO_MAGIC, Hello, MAX_FRAME_BYTES, Message, PAGE_BYTES,
+    CloneStart, DISK_HASH_BYTES, HELLO_MAGIC, Hello, MAX_DISK_HASHES, MAX_DISK_PIECE_BYTES,
+    MAX_FRAME_BYTES, Message, PAGE_BYTES,
 };
 use crate::{LogPosition, PROTOCOL_VERSION, clip};
 
@@ -43,12 +44,21 @@ impl Backup {
                 if hashes.is_empty() || !hashes.len().is_multiple_of(DISK_HASH_BYTES) {
                     return self.violation(now, "sent part of a hash", actions);
                 }
+                if hashes.len() > MAX_DISK_HASHES * DISK_HASH_BYTES {
+                    return self.violation(now, "sent too many hashes at a time", actions);
+                }
                 actions.push(Action::CompareDisk { disk, first, hashes });
             }
             Message::DiskData { disk, offset, bytes } if matches!(state, State::Receiving) => {
+                if bytes.len() > MAX_DISK_PIECE_BYTES {
+                    return self.violation(now, "sent too much of a disk at a time", actions);
+                }
                 actions.push(Action::LoadDisk { disk, offset, bytes });
             }
             Message::DiskZeroes { disk, offset, len } if matches!(state, State::Receiving) => {
+                if len > MAX_DISK_PIECE_BYTES as u64 {
+                    return self.violation(now, "sent too much of a disk at a time", actions);
+                }
                 actions.push(Action::ZeroDisk { disk, offset, len });
             }
             // Said behind the loading of what came before, since actions are performed in order.

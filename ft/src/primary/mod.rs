@@ -421,6 +421,8 @@ impl Primary {
         };
         let next = Claiming { retry_at: None, unreachable: None, yielding: false, zero, failover };
         self.change(State::Claiming(next), Some(cause), actions);
+        // Nobody is behind any more. The arbiter may take long, and only the outputs wait for it.
+        self.give_time_back(actions);
         self.ask(actions);
     }
 
@@ -472,7 +474,11 @@ impl Primary {
         if std::mem::take(&mut self.stalled) {
             actions.push(Action::Unstall);
         }
-        if self.lag.throttle() != 0.0 {
+        self.give_time_back(actions);
+    }
+
+    fn give_time_back(&mut self, actions: &mut Vec<Action>) {
+        if self.lag.release() {
             actions.push(Action::Throttle(0.0));
         }
     }

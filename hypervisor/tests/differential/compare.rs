@@ -1,4 +1,5 @@
-//! Holds two register images against each other, leaving out what the manual leaves undefined.
+//! Holds two register images against each other, leaving out what the manuals leave undefined, and what Intel's and
+//! AMD's processors do differently: the guest's does one of the two on every host.
 
 use std::fmt::Write as _;
 
@@ -46,6 +47,13 @@ pub struct Leeway {
     short_string: bool,
     /// REP CMPS or SCAS: a fault in the middle shows the flags of before it began, or not.
     comparing_string: bool,
+    /// A hint to Intel's processors, undefined to AMD's.
+    hint: bool,
+    /// An x87 store: where its value raises an exception and its operand too, Intel's processors find the former
+    /// first, AMD's the latter.
+    x87_store: bool,
+    /// A sum of products, in lanes of so many bits: which of several NaNs comes out is not the same.
+    nan_lanes: Option<u32>,
     /// Only the page of a fault's address is compared: the operand is made of several accesses.
     wide_operand: bool,
 }
@@ -54,6 +62,15 @@ impl Leeway {
     /// Whether the host may have stored a part of the operand before it faulted.
     pub fn partial_store(self, host: &Image) -> bool {
         self.wide_operand && word(host, image::VECTOR) == 14
+    }
+
+    /// Whether the host has found its fault `vector` before the exception that the guest has found, and left it at.
+    fn other_order(self, vector: u64, guest: &Image) -> bool {
+        const EXCEPTION: u16 = 1 << 7;
+        self.x87_store
+            && matches!(vector, 12..=14 | 17)
+            && word(guest, image::VECTOR) == FELL_THROUGH
+            && half(&guest[image::FX..], 2) & EXCEPTION != 0
     }
 }
 
@@ -124,9 +141,10 @@ pub fn leeway(instruction: &Instruction, input: &[u8]) -> Leeway {
         | M::F2xm1
         | M::Fyl2x
         | M::Fyl2xp1 => {
-            // One definition here, another in each processor: rounding, and so C1.
+            // One definition here, another in each processor: rounding, and so C1; and whether a result next to the
+            // smallest normal number counts as underflow.
             leeway.transcendental = true;
-            leeway.status = 0x200;
+            leeway.status = 0x210;
             if matches!(instruction.mnemonic(), M::Fsin | M::Fcos | M::Fsincos | M::Fptan) {
                 let exponent = half(&input[image::FX..], 32 + 8) & 0x7fff;
                 leeway.angle = Some(i32::from(exponent) - 0x3fff);
@@ -144,15 +162,44 @@ pub fn leeway(instruction: &Instruction, input: &[u8]) -> Leeway {
         | M::Fld
         | M::Fbstp
         | M::Fbld => leeway.wide_operand = true,
+        M::Dpps => leeway.nan_lanes = Some(32),
+        M::Dppd => leeway.nan_lanes = Some(64),
         M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss => leeway.approximate = true,
         _ => {}
     }
+    leeway.hint = is_hint(instruction.code());
+    leeway.x87_store = matches!(
+        instruction.mnemonic(),
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp
+    );
     leeway
+}
+
+/// A hint to Intel's processors, undefined to AMD's.
+pub fn is_hint(code: Code) -> bool {
+    use Code as C;
+    matches!(
+        code,
+        C::Reservednop_rm16_r16_0F0D | C::Reservednop_rm32_r32_0F0D | C::Reservednop_rm64_r64_0F0D
+    )
+}
+
+/// Whether the manuals leave everything open: a double shift of 16 bits by more than 16.
+pub fn undefined(instruction: &Instruction, input: &[u8]) -> bool {
+    let bits = match instruction.op0_kind() {
+        OpKind::Register => instruction.op0_register().size(),
+        _ => instruction.memory_size().size(),
+    } * 8;
+    matches!(instruction.code(), Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL)
+        && usize::from(input[8] & 31) > bits
 }
 
 /// Compares; the first difference, if there is one.
 pub fn difference(host: &Image, guest: &Image, leeway: Leeway) -> Option<String> {
     let vector = word(host, image::VECTOR);
+    if leeway.hint && vector == 6 || leeway.other_order(vector, guest) {
+        return None;
+    }
     if vector != word(guest, image::VECTOR) {
         return Some(format!(
             "ended with {} on the host, {} in the guest",
@@ -202,6 +249,12 @@ pub fn difference(host: &Image, guest: &Image, leeway: Leeway) -> Option<String>
 }
 
 fn fx_difference(host: &[u8], guest: &[u8], leeway: Leeway) -> Option<String> {
+    const UNDERFLOW: u16 = 1 << 4;
+    let underflow = (half(host, 2) ^ half(guest, 2)) & !half(host, 0) & UNDERFLOW != 0;
+    if leeway.transcendental && underflow {
+        // Unmasked, it scales the result and is announced.
+        return vector_difference(host, guest, leeway);
+    }
     let words = [("control word", 0, 0), ("status word", 2, leeway.status), ("tags", 4, 0)];
     for (name, at, ignored) in words {
         let (a, b) = (half(host, at) & !ignored, half(guest, at) & !ignored);
@@ -235,7 +288,9 @@ fn vector_difference(host: &[u8], guest: &[u8], leeway: Leeway) -> Option<String
         let at = 160 + 16 * n;
         let register = |image: &[u8]| u128::from_le_bytes(image[at..at + 16].try_into().unwrap());
         let (a, b) = (register(host), register(guest));
-        if a != b && !(leeway.approximate && lanes_agree(a, b)) {
+        let tolerated = leeway.approximate && lanes_agree(a, b)
+            || leeway.nan_lanes.is_some_and(|bits| alike_but_for_nans(a, b, bits));
+        if a != b && !tolerated {
             return Some(format!("xmm{n}: {a:#034x} on the host, {b:#034x} in the guest"));
         }
     }
@@ -282,6 +337,19 @@ fn lanes_agree(a: u128, b: u128) -> bool {
     })
 }
 
+/// Whether lanes of so many bits are equal, or both NaN.
+fn alike_but_for_nans(a: u128, b: u128, bits: u32) -> bool {
+    (0..128 / bits).all(|n| {
+        let lane = |word: u128| (word >> (n * bits)) as u64 & (u64::MAX >> (64 - bits));
+        let nan = |lane: u64| match bits {
+            32 => f32::from_bits(lane as u32).is_nan(),
+            _ => f64::from_bits(lane).is_nan(),
+        };
+        let (a, b) = (lane(a), lane(b));
+        a == b || nan(a) && nan(b)
+    })
+}
+
 fn ending(vector: u64) -> String {
     match vector {
         FELL_THROUGH => "the next instruction".to_owned(),
@@ -323,12 +391,12 @@ pub fn describe(image: &Image) -> String {
 }
 
 /// Parts of a memory operand, from byte to byte, that hold what the two sides do not share: the x87's instruction and data
-/// pointers, and the part of an FXSAVE image that processors are free to write or not.
+/// pointers, and of an FXSAVE image the mask of MXCSR and what processors are free to write or not.
 pub fn unshared_memory(code: Code) -> &'static [(u64, u64)] {
     match code {
         Code::Fnstenv_m14byte | Code::Fnsave_m94byte => &[(6, 14)],
         Code::Fnstenv_m28byte | Code::Fnsave_m108byte => &[(12, 28)],
-        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => &[(6, 24), (416, 512)],
+        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => &[(6, 24), (28, 32), (416, 512)],
         _ => &[],
     }
 }

@@ -150,7 +150,8 @@ fn both_wait(pair: &mut Pair, load: &Load) -> Result<()> {
     waits_for_arbiter(backup, &claims)?;
     // From here on no answer leaves either side: the primary's guest runs, its answers are held.
     let waiting = Instant::now();
-    wait_for_status(&pair.primary, "held outputs", |status| status.held_outputs > 0)?;
+    let held = wait_for_status(&pair.primary, "held outputs", |status| status.held_outputs > 0)?;
+    ensure!(held.throttle == 0.0, "nobody is behind, and the guest is slowed down: {held:?}");
     let returned = Instant::now();
     away.bring_back()?;
     // One of them wins, whichever asks first; the other is silent for good.

@@ -291,8 +291,13 @@ impl BackupSide {
                     self.core.claim(arbiter, pair, generation, who);
                 }
             }
-            Action::GoLive { generation, .. } => self.go_live(generation)?,
+            Action::GoLive { generation, .. } => {
+                self.write();
+                self.go_live(generation)?;
+            }
             Action::Discard { reason } => {
+                // What follows may take long, and the primary is to hear the last word before.
+                self.write();
                 // Whoever uses the images next finds them closed.
                 self.images = None;
                 if let Some(inbox) = &self.inbox {

@@ -1,11 +1,14 @@
 //! The images of mirrored disks on the backup's side while they are made copies of the primary's.
 //!
 //! A thread of its own compares and writes, at ordinary priority: the ft thread must go on speaking. It takes one job after
-//! the other, and its queue is short, so that a primary sends no faster than this host writes.
+//! the other, and its queue is short: while it is full the ft thread reads no more, so that a primary sends no faster than
+//! this host writes.
 //!
 //! What must hold: the guest replays only on images that hold everything sent, and its primary hears that it is ready only
 //! when they hold it for good.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -55,9 +58,11 @@ enum Job {
     Stable,
 }
 
-/// The way to the thread. It ends with this, when it has done what it was asked for.
+/// The way to the thread. It ends with this, and what it has not begun by then it leaves.
 pub struct Images {
     jobs: Sender<Job>,
+    /// Nobody wants more of the thread.
+    over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -68,12 +73,13 @@ impl Images {
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Self, String> {
         let (jobs, waiting) = crossbeam_channel::bounded(WAITING);
-        let worker = Worker { disks, hasher: Hasher::new() };
+        let over = Arc::new(AtomicBool::new(false));
+        let worker = Worker { disks, hasher: Hasher::new(), over: Arc::clone(&over) };
         let thread = std::thread::Builder::new().name("images".into());
         let thread = thread
             .spawn(move || worker.run(&waiting, &tell))
             .map_err(|error| format!("cannot start a thread: {error}"))?;
-        Ok(Self { jobs, thread: Some(thread) })
+        Ok(Self { jobs, over, thread: Some(thread) })
     }
 
     /// Compares blocks with the hashes of the primary's.
@@ -112,6 +118,7 @@ impl Images {
 impl Drop for Images {
     /// The images are closed after this, and their locks gone.
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
         let (closed, _) = crossbeam_channel::bounded(0);
         self.jobs = closed;
         if let Some(thread) = self.thread.take()
@@ -125,6 +132,7 @@ impl Drop for Images {
 struct Worker {
     disks: Vec<DiskImage>,
     hasher: Hasher,
+    over: Arc<AtomicBool>,
 }
 
 impl Worker {
@@ -136,7 +144,7 @@ impl Worker {
                 continue;
             }
             // After a failure the copy is given up: what else was sent counts for nothing.
-            if failed {
+            if failed || self.over.load(Ordering::Acquire) {
                 continue;
             }
             match self.perform(job) {
@@ -292,6 +300,8 @@ mod tests {
                 match message {
                     Message::DiskData { disk, offset, bytes } => images.write(disk, offset, bytes),
                     Message::DiskZeroes { disk, offset, len } => images.zero(disk, offset, len),
+                    // Asked before the copy was given up.
+                    Message::DiskHashes { .. } => {}
                     other => panic!("{}", other.name()),
                 }
             }

@@ -36,16 +36,53 @@ pub struct Marked {
     text: String,
 }
 
-/// The file beside `image`.
+/// The file beside `image`, which is the same by whatever path or symbolic link the image is named.
 fn path(image: &Path) -> PathBuf {
-    let mut name = image.as_os_str().to_owned();
+    let mut name = fs::canonicalize(image).unwrap_or_else(|_| absent(image)).into_os_string();
     name.push(".dyad-mirror");
     name.into()
+}
+
+/// Where an image that is not there would be.
+fn absent(image: &Path) -> PathBuf {
+    match (fs::canonicalize(directory(image)), image.file_name()) {
+        (Ok(parent), Some(name)) => parent.join(name),
+        // Nothing can be there, and nothing beside it.
+        (Err(_), _) | (_, None) => image.to_owned(),
+    }
+}
+
+/// Where a file is.
+fn directory(file: &Path) -> &Path {
+    let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
 }
 
 /// The images of `config` that a guest writes to.
 fn images(config: &VmConfig) -> impl Iterator<Item = &Path> {
     config.disks().iter().filter(|disk| !disk.readonly).filter_map(|disk| disk.path.as_deref())
+}
+
+/// Whether the images of `config`, those that are there, can be a mirrored pair's. What lies beside a device node says
+/// nothing of the device: it has other nodes, and the directory is gone with the host's next start.
+///
+/// # Errors
+/// With the first disk whose image is no regular file.
+pub fn check_kinds(config: &VmConfig) -> Result<(), String> {
+    for image in images(config) {
+        let found = match fs::metadata(image) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(format!("disk image {}: {error}", image.display())),
+        };
+        if !found.is_file() {
+            return Err(format!(
+                "disk_mode=mirrored needs images that are regular files, and disk image {} is none",
+                image.display()
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Marks the images of `config`.
@@ -111,14 +148,57 @@ pub fn check(config: &VmConfig) -> Result<(), Marked> {
 }
 
 fn sync_directory(file: &Path) -> io::Result<()> {
-    let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+    File::open(directory(file))?.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::DiskConfig;
+
+    fn config(paths: &[&Path]) -> VmConfig {
+        let disk =
+            |path: &&Path| DiskConfig { path: Some(path.to_path_buf()), ..DiskConfig::default() };
+        VmConfig { disks: Some(paths.iter().map(disk).collect()), ..VmConfig::default() }
+    }
+
+    #[test]
+    fn a_marked_image_is_known_by_each_of_its_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let (images, links) = (directory.path().join("images"), directory.path().join("links"));
+        fs::create_dir(&images).unwrap();
+        fs::create_dir(&links).unwrap();
+        let (image, link) = (images.join("a"), links.join("b"));
+        fs::write(&image, b"").unwrap();
+        std::os::unix::fs::symlink(&image, &link).unwrap();
+        let by_directory = links.join("../images/a");
+        let pair = PairId::new("vm-1").unwrap();
+        for name in [&image, &link, &by_directory] {
+            set(&config(&[name]), Part::Backup, &pair, Generation(7)).unwrap();
+            for other in [&image, &link, &by_directory] {
+                check(&config(&[other])).unwrap_err();
+            }
+            assert!(images.join("a.dyad-mirror").exists());
+            assert!(!links.join("b.dyad-mirror").exists());
+            clear(&config(&[&link]));
+            check(&config(&[&image])).unwrap();
+        }
+        // One that is not there any more has its file all the same.
+        set(&config(&[&image]), Part::Backup, &pair, Generation(7)).unwrap();
+        fs::remove_file(&image).unwrap();
+        check(&config(&[&by_directory])).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_no_file_is_no_image_of_a_pair() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("a");
+        check_kinds(&config(&[&image])).unwrap();
+        fs::write(&image, b"").unwrap();
+        check_kinds(&config(&[&image])).unwrap();
+        let refused = check_kinds(&config(&[&image, Path::new("/dev/null")])).unwrap_err();
+        assert!(refused.contains("/dev/null") && refused.contains("regular"), "{refused}");
+    }
 
     #[test]
     fn a_marked_image_is_not_booted_from_until_the_mark_is_gone() {

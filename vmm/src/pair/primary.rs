@@ -91,6 +91,7 @@ impl PrimaryThread {
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
         let plan = DiskPlan::of(&parts.config.terms);
+        let max_lag = parts.config.terms.timing.max_lag();
         let machine = Primary::new(boot_time(), parts.config, &mut actions);
         let mut side = PrimarySide {
             core: Core::new(machine, parts.wire, actions).map_err(fail)?,
@@ -101,6 +102,7 @@ impl PrimaryThread {
             payload: parts.payload,
             outlet: parts.outlet,
             plan,
+            max_lag,
             disks: parts.disks,
             local: parts.local,
             observer: parts.observer,
@@ -169,6 +171,7 @@ struct PrimarySide {
     outlet: Arc<dyn Outlet>,
     /// What the backup does with disks.
     plan: DiskPlan,
+    max_lag: Duration,
     /// Until they are copied.
     disks: Vec<DiskImage>,
     local: VmConfig,
@@ -372,9 +375,12 @@ impl PrimarySide {
             progress: Arc::clone(&self.progress),
         };
         let (waker, feedback) = (self.core.handle.waker(), Arc::clone(&self.feedback));
-        let plan = self.plan;
-        let recorder =
-            move |point| Recorder::new(point, flush_sender, waker, feedback).with_plan(plan);
+        let (plan, max_lag) = (self.plan, self.max_lag);
+        let recorder = move |point| {
+            Recorder::new(point, flush_sender, waker, feedback)
+                .with_plan(plan)
+                .with_max_lag(max_lag)
+        };
         let thread = std::thread::Builder::new().name("clone".into());
         let (outlet, local) = (Arc::clone(&self.outlet), self.local.clone());
         let (pair, generation) = self.core.machine.membership();

@@ -13,7 +13,7 @@
 //! What the primary cannot know to be the same on both images, since a write failed on its own, has what is read there
 //! shipped in the log: [`RecordedDisks`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use ft::{DiskMode, DiskReads, Event, LogPosition, Terms};
@@ -231,6 +231,8 @@ pub struct FollowedDisks {
     /// What was issued here and has not been completed in the log; what this side made of it, once it has. The front half
     /// bounds how many there are and what they hold.
     issued: BTreeMap<(u8, u64), (BlockRequest, Option<Outcome>)>,
+    /// What was completed for the guest while the host still works on it: nobody waits for how that ends.
+    strays: BTreeSet<(u8, u64)>,
 }
 
 /// What becomes of a completion in the log.
@@ -256,19 +258,22 @@ pub struct UnderWay {
     pub done: Vec<Event>,
     /// The host works on them. All others must be issued again.
     pub running: Vec<(u8, u64)>,
+    /// The host works on them, and the guest has them completed.
+    pub strays: BTreeSet<(u8, u64)>,
 }
 
 impl FollowedDisks {
     /// Of a backup that does none.
     #[must_use]
     pub fn none() -> Self {
-        Self { plan: DiskPlan::Primary, outlet: None, issued: BTreeMap::new() }
+        let (issued, strays) = (BTreeMap::new(), BTreeSet::new());
+        Self { plan: DiskPlan::Primary, outlet: None, issued, strays }
     }
 
     /// Of a backup that does what `plan` says by way of `outlet`.
     #[must_use]
     pub fn new(plan: DiskPlan, outlet: Arc<dyn Outlet>) -> Self {
-        Self { plan, outlet: Some(outlet), issued: BTreeMap::new() }
+        Self { plan, outlet: Some(outlet), ..Self::none() }
     }
 
     /// Whether such a request is an output, which the primary alone performs.
@@ -291,7 +296,9 @@ impl FollowedDisks {
     /// This side has done a request.
     pub fn completed(&mut self, event: Event) {
         let Event::DiskCompletion { device, request, status, data } = event else { return };
-        // One that is not there was settled without waiting for it.
+        if self.strays.remove(&(device, request)) {
+            return;
+        }
         if let Some((_, outcome)) = self.issued.get_mut(&(device, request)) {
             *outcome = Some(Outcome { ok: status == BlockStatus::Ok.byte(), data });
         }
@@ -310,6 +317,9 @@ impl FollowedDisks {
         let told = !ok || !data.is_empty();
         if told && matches!(request.op, BlockOp::Read { .. }) && self.plan == DiskPlan::BackupReads
         {
+            if outcome.is_none() {
+                self.strays.insert(key);
+            }
             self.issued.remove(&key);
             return Settled::Apply(event);
         }
@@ -335,7 +345,7 @@ impl FollowedDisks {
     /// This side goes live.
     #[must_use]
     pub fn under_way(self) -> UnderWay {
-        let mut all = UnderWay::default();
+        let mut all = UnderWay { strays: self.strays, ..UnderWay::default() };
         for ((device, request), (_, outcome)) in self.issued {
             match outcome {
                 None => all.running.push((device, request)),
@@ -494,6 +504,21 @@ mod tests {
         assert_eq!(disks.settle(failed.clone()), Settled::Apply(failed));
         disks.completed(done(0, OK, b"late"));
         assert_eq!(disks.under_way().running, [(1, 2)]);
+    }
+
+    #[test]
+    fn a_read_that_was_not_waited_for_is_known_until_the_host_has_done_it() {
+        let ops = [read(0, 1), read(1, 1), read(2, 1)];
+        let (mut disks, _) = following(DiskPlan::BackupReads, &ops);
+        disks.completed(done(2, OK, b"ours"));
+        for request in 0..3 {
+            let failed = done(request, FAILED, b"");
+            assert_eq!(disks.settle(failed.clone()), Settled::Apply(failed));
+        }
+        disks.completed(done(0, OK, b"late"));
+        let all = disks.under_way();
+        assert_eq!(all.strays, BTreeSet::from([(1, 1)]));
+        assert_eq!((all.done, all.running), (vec![], vec![]));
     }
 
     #[test]

@@ -21,11 +21,6 @@ use crate::guest::{Guest, GuestError};
 
 /// Guest time between two digests of a recorded guest, in nanoseconds.
 const DIGEST_INTERVAL_NS: u64 = 500_000_000;
-/// Guest time after which the log of a guest that makes no output is sent on, in nanoseconds. Each piece wakes the ft
-/// threads of both sides several times, and they run on the processors that the guests need; outputs, on which
-/// somebody may wait, never wait for it.
-const FLUSH_INTERVAL_NS: u64 = 8_000_000;
-
 /// An output has the log sent at once, but those that follow within this part of a quantum, a quarter of a millisecond,
 /// wait for its end or for the guest to sleep. Each piece of log costs several thread switches, on the processors that the
 /// guests need, and a busy service answers many clients in a row.
@@ -68,6 +63,8 @@ pub struct Live {
     early: Vec<Event>,
     /// Requests that this side's disks had begun when the guest went live here.
     inherited: BTreeSet<(u8, u64)>,
+    /// As those, and completed for the guest before: how they end is nothing to it.
+    strays: BTreeSet<(u8, u64)>,
 }
 
 impl Live {
@@ -89,13 +86,15 @@ impl Live {
             gathering_until: 0,
             early: Vec::new(),
             inherited: BTreeSet::new(),
+            strays: BTreeSet::new(),
         }
     }
 
     /// Goes on with what the disks of this side, which was a backup, have under way.
     #[must_use]
     pub fn with_disks_under_way(self, disks: UnderWay) -> Self {
-        Self { early: disks.done, inherited: disks.running.into_iter().collect(), ..self }
+        let UnderWay { done: early, running, strays } = disks;
+        Self { early, inherited: running.into_iter().collect(), strays, ..self }
     }
 
     /// Becomes the recording side of a pair.
@@ -139,7 +138,7 @@ impl Live {
 
     /// Applies an input here and logs it.
     pub fn apply(&mut self, guest: &mut Guest, event: Event) -> Result<(), GuestError> {
-        if self.issue_again(guest, &event) {
+        if self.is_stray(&event) || self.issue_again(guest, &event) {
             return Ok(());
         }
         self.wake(guest)?;
@@ -155,6 +154,10 @@ impl Live {
         self.drain_effects(guest)?;
         self.take_more(guest);
         Ok(())
+    }
+
+    fn is_stray(&mut self, event: &Event) -> bool {
+        matches!(event, Event::DiskCompletion { device, request, .. } if self.strays.remove(&(*device, *request)))
     }
 
     /// A request that was under way when the guest went live here is not reported as failed before it was tried as
@@ -281,8 +284,11 @@ impl Live {
         if guest.tsc() >= self.next_digest_tsc {
             self.digest(guest)?;
         }
-        if guest.tsc() >= self.next_flush_tsc {
-            self.next_flush_tsc = guest.tsc().saturating_add(FLUSH_INTERVAL_NS);
+        if let Some(recorder) = &self.recorder
+            && guest.tsc() >= self.next_flush_tsc
+        {
+            let interval_ns = recorder.flush_interval().as_nanos() as u64;
+            self.next_flush_tsc = guest.tsc().saturating_add(interval_ns);
             self.flush();
         }
         Ok(())
@@ -372,7 +378,8 @@ impl Live {
         self.flush();
     }
 
-    fn flush(&mut self) {
+    /// Sends on what is collected: nothing waits while the guest stands still.
+    pub fn flush(&mut self) {
         self.outputs_due = u64::MAX;
         if let Some(recorder) = &mut self.recorder {
             recorder.flush();

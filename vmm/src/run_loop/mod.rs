@@ -316,7 +316,10 @@ impl RunLoop {
         match &mut self.driver {
             Driver::Halted => self.wait(None),
             // A paused backup goes on reading the log: that is where it learns that the pause is over.
-            Driver::Live(_) if self.paused || self.powered_off => self.wait(None),
+            Driver::Live(live) if self.paused || self.powered_off => {
+                live.flush();
+                self.wait(None)
+            }
             Driver::Live(live) => match live.advance(&mut self.guest)? {
                 live::Next::Again => Ok(Flow::Continue),
                 live::Next::Wait(timeout) => self.wait(timeout),

@@ -20,6 +20,10 @@ use crate::pair::boot_time;
 /// A flush comes by itself at this size, so that with the largest record it still fits a message.
 const FLUSH_BYTES: usize = 1 << 20;
 
+/// Guest time after which the log of a guest that makes no output is sent on. Each piece wakes the ft threads of both
+/// sides several times, and they run on the processors that the guests need.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(8);
+
 /// What the vCPU thread hands to the ft thread, in order.
 pub enum FromVcpu {
     /// Log bytes and the outputs made since the last flush.
@@ -103,6 +107,7 @@ pub struct Recorder {
     digests: Vec<(ExecutionPoint, PageHashes)>,
     next_output: OutputNumber,
     last_released: OutputNumber,
+    flush_interval: Duration,
     disks: RecordedDisks,
     /// The read that the next record completes without its data.
     reading: Option<(u8, u64, u64)>,
@@ -129,6 +134,7 @@ impl Recorder {
             digests: Vec::new(),
             next_output: OutputNumber(1),
             last_released: OutputNumber(0),
+            flush_interval: FLUSH_INTERVAL,
             disks: RecordedDisks::default(),
             reading: None,
             unread: Unread::default(),
@@ -142,6 +148,19 @@ impl Recorder {
     #[must_use]
     pub fn with_plan(self, plan: DiskPlan) -> Self {
         Self { disks: RecordedDisks::new(plan), ..self }
+    }
+
+    /// Sends the log of a guest without outputs on so often that lag control, which keeps to `max_lag`, never takes what
+    /// is being collected for lag.
+    #[must_use]
+    pub fn with_max_lag(self, max_lag: Duration) -> Self {
+        Self { flush_interval: FLUSH_INTERVAL.min(max_lag / 12), ..self }
+    }
+
+    /// Guest time after which the log of a guest without outputs is sent on.
+    #[must_use]
+    pub fn flush_interval(&self) -> Duration {
+        self.flush_interval
     }
 
     /// What the backup does with disks.
@@ -172,12 +191,20 @@ impl Recorder {
         if matches!(entry, Entry::Mark) && self.encoder.point() == point {
             return; // the backup can come here already
         }
+        self.append(point, entry);
+        self.flush_if_large();
+    }
+
+    fn append(&mut self, point: ExecutionPoint, entry: &Entry) {
         self.encoder
             .append(point, entry, &mut self.bytes)
             .expect("points never decrease and devices bound their events");
         if let Some((device, first, end)) = self.reading.take() {
             self.unread.add(device, first, end, self.encoder.position());
         }
+    }
+
+    fn flush_if_large(&mut self) {
         if self.bytes.len() > FLUSH_BYTES {
             self.flush();
         }
@@ -193,7 +220,7 @@ impl Recorder {
     pub fn output(&mut self, point: ExecutionPoint, outgoing: Outgoing) {
         let number = self.next_output;
         self.next_output = OutputNumber(number.0 + 1);
-        self.record(point, &Entry::Output { number });
+        self.append(point, &Entry::Output { number });
         let executed = LogPosition(self.feedback.executed.load(Ordering::Acquire));
         let behind = match &outgoing {
             Outgoing::Block { device, request } => {
@@ -205,6 +232,8 @@ impl Recorder {
         };
         let (position, made) = (self.encoder.position(), boot_time());
         self.outputs.push(HeldOutput { number, position, behind, made, outgoing });
+        // Only now: an output left behind by its record would wait for another one.
+        self.flush_if_large();
     }
 
     /// Tells the backup which outputs it no longer needs to keep.

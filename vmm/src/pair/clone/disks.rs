@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ft::Message;
-use ft::message::{DISK_BLOCK_BYTES, DISK_HASH_BYTES};
+use ft::message::{DISK_BLOCK_BYTES, DISK_HASH_BYTES, MAX_DISK_HASHES, MAX_DISK_PIECE_BYTES};
 use ft::status::CloneDisk;
 use ring::digest::{Digest, SHA256, digest};
 use virtio_devices::block::copy::{MAX_COPY_BYTES, Tracking};
@@ -25,11 +25,12 @@ use crate::backends::DiskImage;
 use crate::run_loop::Frozen;
 
 /// Blocks whose hashes go over in one message.
-const WINDOW_BLOCKS: u64 = 64;
+const WINDOW_BLOCKS: u64 = MAX_DISK_HASHES as u64;
 /// Windows sent whose answers have not come. Bounds what the answers can hold; see [`super::way`].
 pub(super) const WINDOWS_UNDER_WAY: usize = 3;
 /// Bytes in one message.
-const PIECE_BYTES: u64 = 256 << 10;
+const PIECE_BYTES: u64 = MAX_DISK_PIECE_BYTES as u64;
+const _: () = assert!(MAX_DISK_PIECE_BYTES <= MAX_COPY_BYTES);
 
 static ZEROES: [u8; DISK_BLOCK_BYTES] = [0; DISK_BLOCK_BYTES];
 
@@ -150,7 +151,7 @@ impl DiskSource {
     fn pass(&mut self, range: Range<u64>, pass: Pass<'_>) -> Result<(), CloneError> {
         let (disk, mut at) = (self.number, range.start);
         while at < range.end {
-            let piece = at..(at + PIECE_BYTES.min(MAX_COPY_BYTES as u64)).min(range.end);
+            let piece = at..(at + PIECE_BYTES).min(range.end);
             at = piece.end;
             let (offset, len) = (piece.start, piece.end - piece.start);
             let bytes = self.read(piece)?;

@@ -199,8 +199,9 @@ impl CloneSender {
 
     fn hopeless(&self, rounds: &Rounds) -> String {
         format!(
-            "the guest changes its memory faster than the way to the backup takes it, {} KiB/s, even while it hardly \
-             runs; use a faster network, or try again when the guest is less busy",
+            "the guest changes its memory and mirrored disks faster than the backup takes it, {} KiB/s, even while the \
+             guest hardly runs; use a faster network or, for mirrored disks, faster storage there, or try again when the \
+             guest is less busy",
             rounds.bytes_per_s() >> 10
         )
     }
