@@ -162,12 +162,14 @@ impl Lab {
         Ok(SocketAddr::new(GUEST.parse()?, PORT))
     }
 
-    /// Connects a load from the switch, where clients are.
+    /// Connects a load from the switch, where clients are, as soon as the service listens: the guest's shell may be there
+    /// before it.
     ///
     /// # Errors
     ///
     /// If the service does not answer.
     pub fn load(&self, options: Options) -> Result<Load> {
+        drop(self.connect(PORT)?);
         Ok(self.network.switch.run(move || Load::start(&options))??)
     }
 }
