@@ -142,10 +142,8 @@ impl Live {
             return Ok(());
         }
         self.wake(guest)?;
-        let stripped = match (&mut self.recorder, &event) {
-            (Some(recorder), Event::DiskCompletion { .. }) => Some(recorder.logged(guest, &event)),
-            _ => None,
-        };
+        let recorder = self.recorder.as_mut();
+        let stripped = recorder.and_then(|recorder| recorder.logged(guest, &event));
         guest.apply(&event)?;
         if let Event::Frames { device, .. } = event {
             self.backlogged.push(device);

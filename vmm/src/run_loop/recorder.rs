@@ -174,8 +174,8 @@ impl Recorder {
         self.disks.begin(guest);
     }
 
-    /// Takes out of a completion what the backup has by itself. To be asked before `guest` gets the event.
-    pub fn logged(&mut self, guest: &Guest, event: &Event) -> Event {
+    /// A completion without what the backup has by itself, if there is such. To be asked before `guest` gets the event.
+    pub fn logged(&mut self, guest: &Guest, event: &Event) -> Option<Event> {
         let find = |device, id| {
             let mut all = guest.machine().outstanding().into_iter();
             let found = all.find(|(slot, request)| *slot == device && request.id == id);
