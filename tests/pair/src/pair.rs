@@ -6,6 +6,8 @@ use crate::patience::eventually;
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
 use ft::FtStatus;
+use ledger_client::load::Load;
+use ledger_client::verdict::Verdict;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -273,6 +275,19 @@ impl Pair {
             compared = compared.max(status.digests_compared);
         }
         Ok(compared)
+    }
+
+    /// As [`Self::power_off`]; then every answer that the client of `load` has must be on the disk, once and in order.
+    ///
+    /// # Errors
+    ///
+    /// With what is lost, repeated or out of order.
+    pub fn balance(self, load: Load) -> Result<()> {
+        let answers = load.stop()?;
+        let lab = self.power_off()?;
+        let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
+        ensure!(verdict.is_clean(), "{verdict:?}");
+        Ok(())
     }
 
     /// Presses the power button, waits until the VM is gone on every side, then checks the disk.

@@ -9,7 +9,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use etcd_cluster::{Cluster, installed};
 use ledger_client::load::{Load, Options};
-use ledger_client::verdict::Verdict;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::network::{CLIENT, Side};
@@ -25,15 +24,6 @@ fn start(lab: Lab, name: &str) -> Result<(Pair, Load)> {
     let pair = Pair::boot(lab)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, name))?;
     Ok((pair, load))
-}
-
-/// Powers off; every answer that the client has is on the disk, once, in order.
-fn balance(pair: Pair, load: Load) -> Result<()> {
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
 }
 
 /// Waits until `vmm` says that it waits for its arbiter, and for which.
@@ -102,7 +92,7 @@ fn without_its_directory_a_healthy_pair_goes_on_and_a_backup_waits() -> Result<(
     let claims = pair.lab.claims().display().to_string();
     the_backup_waits(&mut pair, &load, &claims, || away.bring_back())
         .with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 #[test]
@@ -122,7 +112,7 @@ fn a_file_system_that_is_not_mounted_any_more_lets_nobody_go_live() -> Result<()
         away.bring_back()
     })
     .with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 #[test]
@@ -138,7 +128,7 @@ fn both_sides_wait_when_they_hear_neither_each_other_nor_the_arbiter() -> Result
     // Protected again, whoever has won, once the hosts hear each other.
     pair.protect()?;
     progress(&load, 50)?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 fn both_wait(pair: &mut Pair, load: &Load) -> Result<()> {
@@ -205,7 +195,7 @@ fn etcd_decides_also_with_one_member_dead() -> Result<()> {
     cluster.launch(0)?;
     let dead = pair.kill_primary(Death::Host)?;
     load.first_answer_after(dead).with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 /// The backup does not reach the arbiter: protection is refused by name, the VM has not noticed.
@@ -242,5 +232,5 @@ fn without_etcd_a_backup_waits() -> Result<()> {
     let url = pair.lab.arbiter_url.clone();
     the_backup_waits(&mut pair, &load, &url, || cluster.launch(0))
         .with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }

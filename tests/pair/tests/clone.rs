@@ -3,7 +3,6 @@
 
 use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
-use ledger_client::verdict::Verdict;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::pair::{CHANGE, Pair, wait_for_status};
@@ -26,15 +25,6 @@ fn boot(memory: &'static str) -> Result<Pair> {
     Pair::boot(lab)
 }
 
-/// Ends the pair and looks whether the client was served as it should be.
-fn settle(pair: Pair, load: Load) -> Result<()> {
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
-}
-
 #[test]
 fn a_guest_of_a_gibibyte_hardly_pauses() -> Result<()> {
     if !met("protecting 1 GiB, idle and while memory changes", &[Need::Root, Need::Tap]) {
@@ -44,7 +34,7 @@ fn a_guest_of_a_gibibyte_hardly_pauses() -> Result<()> {
     hardly_pauses(&mut pair).with_context(|| pair.describe())?;
     let load = load(&pair, "gibibyte")?;
     progress(&load, 20)?;
-    settle(pair, load)
+    pair.balance(load)
 }
 
 fn hardly_pauses(pair: &mut Pair) -> Result<()> {
@@ -75,7 +65,7 @@ fn a_guest_that_outruns_the_network_is_slowed_down_and_given_its_time_back() -> 
     let mut pair = boot("256M")?;
     let load = load(&pair, "outrun")?;
     outruns(&mut pair, &load).with_context(|| pair.describe())?;
-    settle(pair, load)
+    pair.balance(load)
 }
 
 /// How long the guest takes to write all over some memory a few times.

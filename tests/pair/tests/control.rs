@@ -16,15 +16,6 @@ const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 /// Three times the failure timeout: a side that wanted to suspect the other would have done so.
 const LONG_SILENCE: Duration = Duration::from_secs(1);
 
-/// Every answer in `answers` is on the disk, once and in order.
-fn balance(pair: Pair, load: Load) -> Result<()> {
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
-}
-
 /// Digests compared from now on are equal, and some are compared.
 fn digests_go_on(pair: &Pair) -> Result<()> {
     let before = pair.digests_are_equal()?;
@@ -53,7 +44,7 @@ fn a_pause_stops_both_sides_and_survives_the_primary() -> Result<()> {
     let mut pair = Pair::boot(Lab::new()?)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, "pause"))?;
     pauses(&mut pair, &load).with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 fn pauses(pair: &mut Pair, load: &Load) -> Result<()> {
@@ -90,7 +81,7 @@ fn a_guest_that_reboots_does_so_on_both_sides() -> Result<()> {
     }
     let mut pair = Pair::boot(Lab::new()?)?;
     let load = reboots(&mut pair).with_context(|| pair.describe())?;
-    balance(pair, load)
+    pair.balance(load)
 }
 
 fn reboots(pair: &mut Pair) -> Result<Load> {

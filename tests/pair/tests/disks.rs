@@ -92,12 +92,7 @@ fn a_primary_frozen_while_it_writes_writes_nothing_after_its_successor() -> Resu
         progress(&load, 40)?;
         old.kill()?;
     }
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    lab.disk.check()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 /// A small file system that both hosts reach, unmounted at the end.
@@ -181,11 +176,7 @@ fn a_shared_disk_that_is_full_fails_writes_on_both_sides_alike_until_there_is_ro
     let mut pair = Pair::boot(lab)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, "full"))?;
     fills_up(&mut pair, &load, &storage).with_context(|| pair.describe())?;
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 fn fills_up(pair: &mut Pair, load: &Load, storage: &Storage) -> Result<()> {

@@ -3,7 +3,6 @@
 use anyhow::{Context, Result, ensure};
 use ft::FtStatus;
 use ledger_client::load::{Load, Options};
-use ledger_client::verdict::Verdict;
 use nix::sys::signal::Signal;
 use pair_tests::kills::{Plan, progress};
 use pair_tests::lab::Lab;
@@ -55,11 +54,7 @@ fn a_lost_backup_is_replaced_until_protection_is_disabled() -> Result<()> {
     let mut pair = Pair::boot(Lab::new()?)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, "standby"))?;
     losses_of_backups(&mut pair, &load).with_context(|| pair.describe())?;
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 fn losses_of_backups(pair: &mut Pair, load: &Load) -> Result<()> {
@@ -99,11 +94,7 @@ fn backup_loss_hand_over_take_over_and_disable_go_unnoticed() -> Result<()> {
     let mut pair = Pair::boot(Lab::new()?)?;
     let load = pair.lab.load(Options::new(pair.lab.service()?, "story"))?;
     changes_of_side(&mut pair, &load).with_context(|| pair.describe())?;
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 fn changes_of_side(pair: &mut Pair, load: &Load) -> Result<()> {
@@ -163,11 +154,7 @@ fn a_primary_that_was_only_asleep_does_not_write_over_its_successor() -> Result<
     wait_for_status(&old, "halted", |status| status.state == "halted")?;
     progress(&load, 100)?;
     old.kill()?;
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 #[test]

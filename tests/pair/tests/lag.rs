@@ -1,8 +1,7 @@
 //! A backup that cannot keep up: the primary waits for it, no more than it must, and shows that it does.
 
 use anyhow::{Context, Result, ensure};
-use ledger_client::load::{Load, Options};
-use ledger_client::verdict::Verdict;
+use ledger_client::load::Options;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 use pair_tests::faults::{proxy, through};
@@ -71,14 +70,6 @@ fn pin_process(pid: u32, cpu: usize) -> Result<()> {
     Ok(())
 }
 
-fn finish(pair: Pair, load: Load) -> Result<()> {
-    let answers = load.stop()?;
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
-}
-
 #[test]
 fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> Result<()> {
     if !met("backup with a busy processor", &NEEDS) {
@@ -126,7 +117,7 @@ fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> R
     // Under a load that takes its time it stays so.
     let load = pair.lab.load(Options::new(pair.lab.service()?, "lag"))?;
     progress(&load, 20)?;
-    finish(pair, load)
+    pair.balance(load)
 }
 
 #[test]
@@ -161,5 +152,5 @@ fn a_full_log_buffer_stops_the_primary_visibly_until_there_is_room() -> Result<(
         !status.stalled && status.log.recorded_point > point + 100_000_000
     })?;
     eventually(CHANGE, "the client is answered", || Ok(progress(&load, 20).ok()))?;
-    finish(pair, load)
+    pair.balance(load)
 }

@@ -3,7 +3,6 @@
 
 use anyhow::{Context, Result, ensure};
 use ledger_client::load::{Load, Options};
-use ledger_client::verdict::Verdict;
 use pair_tests::disk::Disk;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
@@ -82,14 +81,10 @@ fn alike(pair: &Pair) -> Result<()> {
     Ok(())
 }
 
-/// Ends the pair; the image of `side` is the one that counts.
+/// Ends the pair; `image` is the one that counts.
 fn settle(mut pair: Pair, load: Load, image: &Path) -> Result<()> {
-    let answers = load.stop()?;
     pair.lab.disk = Disk::at(image);
-    let lab = pair.power_off()?;
-    let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-    ensure!(verdict.is_clean(), "{verdict:?}");
-    Ok(())
+    pair.balance(load)
 }
 
 #[test]
