@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod clients;
 pub mod console;
+pub mod cpu_time;
 pub mod disk;
 pub mod faults;
 pub mod guest;

@@ -1,6 +1,7 @@
 //! One `dyad` process in the namespace of one host.
 
 use crate::console::Console;
+use crate::cpu_time::CpuTime;
 use crate::guest::program;
 use crate::namespace::Namespace;
 use crate::patience::eventually;
@@ -115,16 +116,16 @@ impl Vmm {
     ///
     /// If the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        // The program's name, in parentheses, may hold anything; utime and stime are fields 14 and 15.
-        let (_, fields) = stat.rsplit_once(") ").context("/proc/PID/stat has another form")?;
-        let ticks = |index: usize| fields.split(' ').nth(index).and_then(|text| text.parse().ok());
-        let ticks: u64 = ticks(11)
-            .zip(ticks(12))
-            .map(|(user, system): (u64, u64)| user + system)
-            .context("no times")?;
-        let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
-        Ok(Duration::from_secs_f64(ticks as f64 / second as f64))
+        Ok(CpuTime::of_process(self.pid())?.total())
+    }
+
+    /// Host CPU time of the thread that executes the guest.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn vcpu_time(&self) -> Result<CpuTime> {
+        CpuTime::of_thread(self.pid(), "vcpu0")
     }
 
     /// Sends a signal.
