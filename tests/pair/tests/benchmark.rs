@@ -1,7 +1,7 @@
 //! The benchmark works: it measures, keeps what it measured, and makes its document of it.
 
 use anyhow::{Result, ensure};
-use pair_tests::bench::results::Results;
+use pair_tests::bench::results::{Results, Run};
 use pair_tests::guest::program;
 use pair_tests::requirements::{Need, met};
 use std::process::Command;
@@ -30,6 +30,12 @@ fn a_smoke_run_gives_results_and_a_document() -> Result<()> {
             work.under_protection(|part| part.lag.count as f64).is_some_and(|count| count > 0.0),
             "no lag of {work:?}"
         );
+        // Short runs give rough times, but work keeps the machine busy, and each guest is executed by a thread.
+        let busy = |run: &Run| run.machine_busy_seconds > 0.0 && run.vcpu_seconds > 0.0;
+        ensure!(work.runs.iter().all(busy), "no processor was busy: {work:?}");
+        ensure!(work.runs.iter().any(|run| run.neighbour_cpu_seconds > Some(0.0)), "{work:?}");
+        let ceiling = work.ceiling(results.machine.processors);
+        ensure!(ceiling.is_some_and(|ceiling| ceiling > 0.0), "no ceiling of {work:?}");
     }
     // The stream that the guest receives is in the log; its end may be newer than the last status.
     let receive = &results.workloads[2];

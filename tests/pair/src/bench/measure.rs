@@ -3,10 +3,13 @@
 
 use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
 use super::workloads::{ALL, START, Work};
+use crate::cpu_time::MachineTime;
 use crate::kills::{Kill, Plan};
 use crate::lab::Lab;
 use crate::pair::{Death, Pair, Timing};
-use anyhow::{Context, Result, ensure};
+use crate::vmm::Vmm;
+use anyhow::{Context, Error, Result, anyhow, ensure};
+use nix::time::{ClockId, clock_gettime};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,10 +107,14 @@ type Kind = fn(&mut Pair, &Work, u64) -> Result<Run>;
 
 fn line(work: &Work, steps: u64, run: &Run) -> String {
     let rate = steps as f64 * work.step / run.seconds;
-    let start = format!("{:10} {:6.2} s, {rate:8.1} {}/s", work.name, run.seconds, work.unit);
+    let busy = run.machine_busy_seconds / run.seconds;
+    let start = format!(
+        "{:10} {:6.2} s, {rate:8.1} {}/s, {busy:.2} processors busy",
+        work.name, run.seconds, work.unit
+    );
     let Some(protection) = &run.protection else {
-        let beside = if run.neighbour { ", one processor busy otherwise" } else { "" };
-        return format!("{start}, unprotected{beside}");
+        let beside = run.neighbour_cpu_seconds.map(|_| ", one of them otherwise");
+        return format!("{start}, unprotected{}", beside.unwrap_or_default());
     };
     format!(
         "{start}, protected: log {:.2} Mbit/s, output delay {} / {} us, lag {} / {} us, throttle {:.2}",
@@ -121,46 +128,66 @@ fn line(work: &Work, steps: u64, run: &Run) -> String {
 }
 
 fn plain_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
-    let cpu = pair.primary.cpu_time()?;
+    let times =
+        |vmm: &Vmm| Ok::<_, Error>((vmm.cpu_time()?, vmm.vcpu_time()?, MachineTime::now()?));
+    let (cpu, vcpu, machine) = times(&pair.primary)?;
     let start = Instant::now();
     (work.run)(pair, steps)?;
     let seconds = start.elapsed().as_secs_f64();
-    let primary_cpu_seconds = (pair.primary.cpu_time()? - cpu).as_secs_f64();
-    Ok(Run { seconds, primary_cpu_seconds, neighbour: false, protection: None })
+    let (cpu_after, vcpu_after, machine_after) = times(&pair.primary)?;
+    let vcpu = vcpu_after.since(vcpu);
+    Ok(Run {
+        seconds,
+        primary_cpu_seconds: (cpu_after - cpu).as_secs_f64(),
+        machine_busy_seconds: machine_after.busy_since(machine).as_secs_f64(),
+        vcpu_seconds: vcpu.total().as_secs_f64(),
+        vcpu_user_seconds: vcpu.user.as_secs_f64(),
+        neighbour_cpu_seconds: None,
+        protection: None,
+    })
 }
 
 /// Beside a thread that wants a processor for itself all the time, as the guest of a backup may.
 fn beside_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
     let done = AtomicBool::new(false);
-    let run = std::thread::scope(|scope| {
-        scope.spawn(|| {
+    let (run, neighbour) = std::thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 std::hint::spin_loop();
             }
+            // The thread lives no longer than the run: all its time is the run's.
+            clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from)
         });
         let run = plain_run(pair, work, steps);
         done.store(true, Ordering::Relaxed);
-        run
-    })?;
-    Ok(Run { neighbour: true, ..run })
+        (run, neighbour.join())
+    });
+    let neighbour = neighbour.map_err(|_| anyhow!("the neighbour panicked"))??;
+    Ok(Run { neighbour_cpu_seconds: Some(neighbour.as_secs_f64()), ..run? })
 }
 
 fn protected_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
     // Each run has a protection of its own: what the status counts from its start is this run's.
     let pause = pair.protect()?.pause;
-    let backup_cpu = |pair: &Pair| pair.backup.as_ref().context("no backup")?.cpu_time();
-    let (before, cpu) = (pair.status()?, backup_cpu(pair)?);
+    let backup_times = |pair: &Pair| {
+        let backup = pair.backup.as_ref().context("no backup")?;
+        Ok::<_, Error>((backup.cpu_time()?, backup.vcpu_time()?))
+    };
+    let (before, (cpu, vcpu)) = (pair.status()?, backup_times(pair)?);
     let mut run = plain_run(pair, work, steps)?;
-    let (after, cpu_after) = (pair.status()?, backup_cpu(pair)?);
+    let (after, (cpu_after, vcpu_after)) = (pair.status()?, backup_times(pair)?);
     pair.digests_are_equal()?;
     ensure!(after.state == "protected", "protection was lost: {after:?}");
     pair.unprotect()?;
+    let vcpu = vcpu_after.since(vcpu);
     run.protection = Some(Protection {
         pause_ms: pause.as_secs_f64() * 1e3,
         log_bytes: after.log.recorded_bytes - before.log.recorded_bytes,
         output_delay: after.output_delay,
         lag: after.lag,
         backup_cpu_seconds: (cpu_after - cpu).as_secs_f64(),
+        backup_vcpu_seconds: vcpu.total().as_secs_f64(),
+        backup_vcpu_user_seconds: vcpu.user.as_secs_f64(),
         throttle: (after.throttled_us - before.throttled_us) as f64 * 1e-6 / run.seconds,
         stalls: after.stalls,
     });

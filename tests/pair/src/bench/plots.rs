@@ -18,7 +18,15 @@ pub struct Bar {
     pub value: f64,
     /// The height it should have, a short line across it.
     pub target: Option<f64>,
+    /// The height it cannot exceed, another such line.
+    pub ceiling: Option<f64>,
 }
+
+/// A height that a line across a bar marks.
+type Height = fn(&Bar) -> Option<f64>;
+/// The lines, with their colours.
+const LINES: [(Height, RGBColor); 2] =
+    [(|bar| bar.target, COLOURS[1]), (|bar| bar.ceiling, COLOURS[2])];
 
 /// A bar for each kind of work.
 ///
@@ -27,7 +35,8 @@ pub struct Bar {
 /// If the file cannot be written.
 pub fn bars(path: &Path, title: &str, unit: &str, bars: &[Bar]) -> Result<()> {
     draw(path, |root| {
-        let highest = bars.iter().flat_map(|bar| [Some(bar.value), bar.target]).flatten();
+        let highest =
+            bars.iter().flat_map(|bar| [Some(bar.value), bar.target, bar.ceiling]).flatten();
         let top = highest.fold(0.0, f64::max).max(1e-3) * 1.1;
         let names = (0..bars.len()).into_segmented();
         let mut chart = ChartBuilder::on(root)
@@ -58,11 +67,14 @@ pub fn bars(path: &Path, title: &str, unit: &str, bars: &[Bar]) -> Result<()> {
             shape.set_margin(0, 0, 12, 12);
             shape
         }))?;
-        chart.draw_series(bars.iter().enumerate().filter_map(|(at, bar)| {
-            let target = bar.target?;
-            let ends = [(SegmentValue::Exact(at), target), (SegmentValue::Exact(at + 1), target)];
-            Some(PathElement::new(ends, COLOURS[1].stroke_width(2)))
-        }))?;
+        for (height, colour) in LINES {
+            chart.draw_series(bars.iter().enumerate().filter_map(|(at, bar)| {
+                let height = height(bar)?;
+                let ends =
+                    [(SegmentValue::Exact(at), height), (SegmentValue::Exact(at + 1), height)];
+                Some(PathElement::new(ends, colour.stroke_width(2)))
+            }))?;
+        }
         chart.draw_series(bars.iter().enumerate().map(|(at, bar)| {
             let place = (SegmentValue::CenterOf(at), bar.value);
             let text = if bar.value < 0.1 {

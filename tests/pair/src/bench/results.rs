@@ -63,9 +63,14 @@ pub struct Run {
     pub seconds: f64,
     /// Processor time of the primary's process.
     pub primary_cpu_seconds: f64,
-    /// Whether another program kept one processor busy meanwhile, as a backup would.
-    #[serde(default)]
-    pub neighbour: bool,
+    /// Time that the machine's processors were not idle, all together.
+    pub machine_busy_seconds: f64,
+    /// Processor time of the primary's thread that executes the guest.
+    pub vcpu_seconds: f64,
+    /// What of it was spent outside of the kernel.
+    pub vcpu_user_seconds: f64,
+    /// Processor time of the program that kept one processor busy meanwhile, as a backup would, if there was one.
+    pub neighbour_cpu_seconds: Option<f64>,
     /// What protection did meanwhile, if there was any.
     pub protection: Option<Protection>,
 }
@@ -83,6 +88,10 @@ pub struct Protection {
     pub lag: Percentiles,
     /// Processor time of the backup's process.
     pub backup_cpu_seconds: f64,
+    /// Processor time of the backup's thread that executes the guest.
+    pub backup_vcpu_seconds: f64,
+    /// What of it was spent outside of the kernel.
+    pub backup_vcpu_user_seconds: f64,
     /// Fraction of the time that was taken from the primary for the backup to keep up.
     pub throttle: f64,
     /// How often the primary stood still because buffers were full.
@@ -181,16 +190,58 @@ impl Workload {
     /// The middle of `figure` over the runs that are protected, or those that are not and have no neighbour.
     #[must_use]
     pub fn median(&self, protected: bool, figure: impl Fn(&Run) -> f64) -> Option<f64> {
-        let wanted = |run: &&Run| run.protection.is_some() == protected && !run.neighbour;
+        let wanted = |run: &&Run| {
+            run.protection.is_some() == protected && run.neighbour_cpu_seconds.is_none()
+        };
         median(self.runs.iter().filter(wanted).map(figure))
+    }
+
+    /// The middle of `figure`, of a run and its neighbour's processor time, over the runs that have a neighbour.
+    fn median_beside(&self, figure: impl Fn(&Run, f64) -> f64) -> Option<f64> {
+        let figures = |run: &Run| Some(figure(run, run.neighbour_cpu_seconds?));
+        median(self.runs.iter().filter_map(figures))
     }
 
     /// Speed unprotected beside a busy processor over speed unprotected: what this machine makes of a guest when
     /// somebody else wants a processor, whatever it does there.
     #[must_use]
     pub fn beside(&self) -> Option<f64> {
-        let beside = self.runs.iter().filter(|run| run.neighbour).map(|run| run.seconds);
-        Some(self.median(false, |run| run.seconds)? / median(beside)?)
+        let beside = self.median_beside(|run, _| run.seconds);
+        Some(self.median(false, |run| run.seconds)? / beside?)
+    }
+
+    /// Processors that a pair whose lockstep costs nothing needs to be as fast as the unprotected guest.
+    ///
+    /// Where the runs leave a choice it is the lesser figure, so that the need is rather said too low than too high.
+    #[must_use]
+    pub fn need(&self) -> Option<Need> {
+        let seconds = self.median(false, |run| run.seconds)?;
+        // Where processors are never idle, the same work may cost less: nobody has to be woken.
+        let alone = self.median(false, |run| run.machine_busy_seconds);
+        let beside = self.median_beside(|run, neighbour| run.machine_busy_seconds - neighbour);
+        // What the thread does in the kernel is input and output, of which the backup does none for the network. What it
+        // does for a moment before it sleeps the backup does not either, so what that really took counts if it is less.
+        let executed = self.median(false, |run| run.vcpu_user_seconds);
+        let replayed = self.under_protection(|protection| protection.backup_vcpu_user_seconds);
+        Some(Need {
+            once: least([alone, beside])? / seconds,
+            again: least([executed, replayed])? / seconds,
+        })
+    }
+
+    /// The highest ratio that a pair in lockstep can reach on a machine of so many processors, if log, channel,
+    /// acknowledgements and replay cost nothing, but what the guest executes is executed twice; 1 if that is no obstacle.
+    #[must_use]
+    pub fn ceiling(&self, processors: usize) -> Option<f64> {
+        let need = self.need()?;
+        Some((processors as f64 / (need.once + need.again)).min(1.0))
+    }
+
+    /// How much of the time `processors` processors were idle under protection.
+    #[must_use]
+    pub fn idle_share(&self, processors: usize) -> Option<f64> {
+        let busy = |run: &Run| run.machine_busy_seconds / (run.seconds * processors as f64);
+        Some((1.0 - self.median(true, busy)?).max(0.0))
     }
 
     /// Speed protected over speed unprotected.
@@ -217,6 +268,15 @@ impl Workload {
     }
 }
 
+/// Processors that some work needs, in seconds of theirs per second of the unprotected run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Need {
+    /// For what there is without protection too: guest, client, host network, and whatever else runs on the machine.
+    pub once: f64,
+    /// For executing the guest's instructions once more.
+    pub again: f64,
+}
+
 impl Idle {
     /// Log written.
     #[must_use]
@@ -238,6 +298,10 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     }
 }
 
+fn least(values: impl IntoIterator<Item = Option<f64>>) -> Option<f64> {
+    values.into_iter().flatten().min_by(f64::total_cmp)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,35 +313,96 @@ mod tests {
         assert_eq!(median([4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 
-    #[test]
-    fn results_come_back_and_a_ratio_is_that_of_the_speeds() -> Result<()> {
-        let run = |seconds, protected: bool| Run {
+    fn run(seconds: f64, protected: bool) -> Run {
+        Run {
             seconds,
             primary_cpu_seconds: seconds,
-            neighbour: false,
+            machine_busy_seconds: 1.5,
+            vcpu_seconds: 1.0,
+            vcpu_user_seconds: 1.0,
+            neighbour_cpu_seconds: None,
             protection: protected.then(|| Protection {
                 pause_ms: 1.0,
                 log_bytes: 1_000_000,
                 output_delay: Percentiles::default(),
                 lag: Percentiles::default(),
                 backup_cpu_seconds: 1.0,
+                backup_vcpu_seconds: 1.5,
+                backup_vcpu_user_seconds: 1.25,
                 throttle: 0.0,
                 stalls: 0,
             }),
-        };
-        let beside = Run { neighbour: true, ..run(1.25, false) };
-        let runs = vec![run(1.0, false), run(2.0, true), beside, run(1.0, false), run(2.0, true)];
+        }
+    }
+
+    fn beside(busy: f64) -> Run {
+        let neighbour_cpu_seconds = Some(1.25);
+        Run { neighbour_cpu_seconds, machine_busy_seconds: busy, ..run(1.25, false) }
+    }
+
+    fn workload(runs: Vec<Run>) -> Workload {
         let (name, unit) = (String::from("sort"), String::from("passes"));
-        let workload = Workload { what: name.clone(), name, unit, io: false, amount: 1.0, runs };
+        Workload { what: name.clone(), name, unit, io: false, amount: 1.0, runs }
+    }
+
+    #[test]
+    fn results_come_back_and_a_ratio_is_that_of_the_speeds() -> Result<()> {
+        let runs =
+            vec![run(1.0, false), run(2.0, true), beside(3.0), run(1.0, false), run(2.0, true)];
+        let workload = workload(runs);
         assert_eq!(workload.ratio(), Some(0.5));
         assert_eq!(workload.beside(), Some(0.8));
         assert_eq!(workload.log_mbit_per_second(), Some(4.0));
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("results.json");
-        Results { workloads: vec![workload], ..Results::default() }.save(&path)?;
-        assert_eq!(Results::load(&path)?.workloads[0].ratio(), Some(0.5));
+        Results { workloads: vec![workload.clone()], ..Results::default() }.save(&path)?;
+        let back = &Results::load(&path)?.workloads[0];
+        assert_eq!(back.ratio(), Some(0.5));
+        assert_eq!((back.need(), back.beside()), (workload.need(), Some(0.8)));
         std::fs::write(&path, "{}")?;
         assert!(Results::load(&path).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn results_without_the_times_of_processors_are_refused_by_name() -> Result<()> {
+        let results =
+            Results { workloads: vec![workload(vec![run(1.0, true)])], ..Results::default() };
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("results.json");
+        for field in ["machine_busy_seconds", "vcpu_user_seconds", "backup_vcpu_user_seconds"] {
+            results.save(&path)?;
+            let text =
+                std::fs::read_to_string(&path)?.replace(&format!("\"{field}\""), "\"older\"");
+            std::fs::write(&path, text)?;
+            let error = format!("{:#}", Results::load(&path).expect_err("a field is missing"));
+            assert!(error.contains("does not hold results of this version"), "{error}");
+            assert!(error.contains(&format!("missing field `{field}`")), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_ceiling_is_what_the_machine_leaves_to_a_lockstep_without_costs() {
+        // 1.5 processors for all that there is without protection, 1 more for the backup's guest.
+        let mut work = workload(vec![run(1.0, false), run(2.0, true)]);
+        assert_eq!(work.need(), Some(Need { once: 1.5, again: 1.0 }));
+        assert_eq!(work.ceiling(2), Some(0.8));
+        assert_eq!(work.ceiling(4), Some(1.0));
+        assert_eq!(work.idle_share(2), Some(0.625));
+
+        // The backup needed less than the primary's thread did outside of the kernel.
+        let protection = work.runs[1].protection.as_mut().expect("the run is protected");
+        protection.backup_vcpu_user_seconds = 0.75;
+        assert_eq!(work.need(), Some(Need { once: 1.5, again: 0.75 }));
+
+        // Beside a busy processor the same work took less of the others.
+        work.runs.push(beside(2.5));
+        assert_eq!(work.need(), Some(Need { once: 1.25, again: 0.75 }));
+        assert_eq!(work.ceiling(2), Some(1.0));
+        assert_eq!(work.ceiling(1), Some(0.5));
+
+        assert_eq!(workload(vec![run(1.0, true)]).ceiling(2), None);
+        assert_eq!(workload(vec![run(1.0, false)]).idle_share(2), None);
     }
 }
