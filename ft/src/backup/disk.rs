@@ -3,12 +3,17 @@
 //! The primary's guest is stopped for as long as the backup's cannot go on, first by lag control, then by the bound of the
 //! log. What must hold: no spare stops it for good. So a backup that waits too long says that it is none, and the primary
 //! goes on without it. Nor may it leave nobody: it gives up only when it has just heard the primary, and while it takes
-//! over it goes on trying.
+//! over it goes on trying. The copy is made stable in one go, which may take much longer than a request: that has
+//! [`COPY_PATIENCE`] times as long.
 
 use std::time::Duration;
 
+use super::state::State;
 use super::{Action, Backup};
 use crate::message::Message;
+
+/// How often the time of a request a whole copy may take to be stable. The primary stands still once its log is full.
+const COPY_PATIENCE: u32 = 6;
 
 /// For what, and since when.
 #[derive(Clone, Debug)]
@@ -26,17 +31,28 @@ impl Backup {
 
     /// To be called when the primary has been heard: one that is silent may be dead, and this copy all there is.
     pub(super) fn give_up_on_disk(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let Some(wait) = self.disk_wait.as_ref().filter(|_| self.state.takes_log()) else { return };
-        let waited = now.saturating_sub(wait.since);
-        if waited < self.timing.disk_timeout() {
+        if !self.state.takes_log() {
             return;
         }
-        let reason = format!(
-            "its disk in slot {} {} for {} ms",
-            wait.device,
-            if wait.failed { "has failed a request again and again" } else { "has not answered" },
-            waited.as_millis(),
-        );
+        let timeout = self.timing.disk_timeout();
+        let over = |since: Duration, bound| {
+            let waited = now.saturating_sub(since);
+            (waited >= bound).then_some(waited.as_millis())
+        };
+        let request = self.disk_wait.as_ref().and_then(|wait| {
+            let what = match wait.failed {
+                true => "has failed a request again and again",
+                false => "has not answered",
+            };
+            let waited = over(wait.since, timeout)?;
+            Some(format!("its disk in slot {} {what} for {waited} ms", wait.device))
+        });
+        let copy = || {
+            let since = self.loading_since.filter(|_| matches!(self.state, State::Loading))?;
+            let waited = over(since, COPY_PATIENCE * timeout)?;
+            Some(format!("its disks have not made the copy stable within {waited} ms"))
+        };
+        let Some(reason) = request.or_else(copy) else { return };
         self.tell(Message::Discarded { reason: reason.clone() }, actions);
         self.discard(reason, actions);
     }
@@ -62,8 +78,21 @@ mod tests {
 
     impl Replaying {
         fn new() -> Self {
-            let config =
-                BackupConfig { who: "b".into(), capabilities: Capabilities::default() };
+            let mut backup = Self::loading();
+            for input in [
+                Input::Loaded,
+                Input::Message(Message::Armed),
+                Input::Message(Message::Log { position: LogPosition(0), bytes: vec![0; 10] }),
+            ] {
+                backup.step(0, input);
+            }
+            assert!(backup.machine.protecting());
+            backup
+        }
+
+        /// Has all that was copied, and makes it stable.
+        fn loading() -> Self {
+            let config = BackupConfig { who: "b".into(), capabilities: Capabilities::default() };
             let timing = Timing { disk_timeout_ms: TIMEOUT_MS, ..Timing::default() };
             let terms = Terms {
                 pair: PairId::new("vm").expect("a name"),
@@ -84,13 +113,9 @@ mod tests {
                 Input::Message(Message::CloneStart(start)),
                 Input::Accept,
                 Input::Message(Message::State { point, bytes: Vec::new() }),
-                Input::Loaded,
-                Input::Message(Message::Armed),
-                Input::Message(Message::Log { position: LogPosition(0), bytes: vec![0; 10] }),
             ] {
                 backup.step(0, input);
             }
-            assert!(backup.machine.protecting());
             backup
         }
 
@@ -153,6 +178,22 @@ mod tests {
         assert_eq!(backup.gave_up(), None);
         backup.hears(6 * (TIMEOUT_MS - 1) + 1);
         assert!(backup.gave_up().is_some());
+    }
+
+    #[test]
+    fn a_copy_that_does_not_become_stable_is_given_up() {
+        let patience = TIMEOUT_MS * u64::from(COPY_PATIENCE);
+        let mut backup = Replaying::loading();
+        for ms in (100..patience).step_by(100) {
+            backup.hears(ms);
+        }
+        assert_eq!(backup.gave_up(), None);
+        let mut other = Replaying { machine: backup.machine.clone(), actions: Vec::new() };
+        backup.hears(patience);
+        assert!(backup.gave_up().is_some_and(|reason| reason.contains("stable")));
+        other.step(patience - 1, Input::Loaded);
+        other.hears(patience + 1);
+        assert!(other.gave_up().is_none());
     }
 
     #[test]

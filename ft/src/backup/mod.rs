@@ -76,6 +76,8 @@ pub struct Backup {
     next_report: Duration,
     digests_compared: u64,
     disk_wait: Option<DiskWait>,
+    /// When all that was copied had come.
+    loading_since: Option<Duration>,
     last_unequal: Option<Unequal>,
     last_failover: Option<Failover>,
 }
@@ -106,6 +108,7 @@ impl Backup {
             next_report: now,
             digests_compared: 0,
             disk_wait: None,
+            loading_since: None,
             last_unequal: None,
             last_failover: None,
         }
