@@ -10,7 +10,8 @@
 //! that was lost, or with it if it was only its copy that differed. Between rounds there is a pause that
 //! grows up to a bound: standbys that refuse cost next to nothing, and one that comes back is found soon.
 //! A protection that does not last counts as an attempt that failed, so that a backup that breaks again and
-//! again does not have the guest copied without end.
+//! again does not have the guest copied without end; nor, if it has the primary stand still for a sick disk before
+//! it gives up, does it take more of the guest's time in the long run than a small part.
 
 use std::time::Duration;
 
@@ -23,8 +24,10 @@ pub const MAX_STANDBYS: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Protection that lasted so long was a success.
+/// Protection that lasted so long was a success, if its backup did not stand in the primary's way.
 const STEADY: Duration = LONGEST_PAUSE;
+/// The longest pause behind a backup that stood in the primary's way, as a multiple of the time for which it may.
+const PATIENCE_PAUSES: u32 = 10;
 
 /// The search of one VM for its next backup, for as long as somebody wants it protected.
 #[derive(Clone, Debug)]
@@ -38,6 +41,8 @@ pub struct Search {
     /// Rounds in which nobody accepted, since it last went well.
     rounds: u64,
     pause: Duration,
+    /// How long a backup may have the primary stand still before it is given up.
+    patience: Duration,
     attempts: u64,
     /// The backup differed, and none has taken its place yet.
     resynchronising: bool,
@@ -73,10 +78,17 @@ impl Search {
             asked: 0,
             rounds: 0,
             pause: FIRST_PAUSE,
+            patience: Duration::ZERO,
             attempts: 0,
             resynchronising: false,
             last_error: None,
         }
+    }
+
+    /// For backups that may have the primary stand still for so long before they give up.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 
     /// When [`Search::next`] has something to say; `None` while nobody is to be asked.
@@ -127,7 +139,7 @@ impl Search {
         if let Some(since) = protected_since {
             // Its place in the round is used up, unless its host is known to be well.
             self.asked = usize::from(!self.resynchronising);
-            if now.saturating_sub(since) >= STEADY {
+            if now.saturating_sub(since) >= STEADY + self.patience {
                 (self.rounds, self.attempts, self.pause) = (0, 0, FIRST_PAUSE);
                 return self.wait_until(now, !self.resynchronising);
             }
@@ -135,8 +147,13 @@ impl Search {
         if protected_since.is_some() || self.asked >= self.standbys.len() {
             self.rounds += 1;
             self.asked = 0;
-            let at = now + self.pause;
-            self.pause = (2 * self.pause).min(LONGEST_PAUSE);
+            // Asking costs the guest nothing, a protection that did not last perhaps all that it was patient.
+            let longest = match protected_since {
+                Some(_) => LONGEST_PAUSE.max(PATIENCE_PAUSES * self.patience),
+                None => LONGEST_PAUSE,
+            };
+            let at = now + self.pause.min(longest);
+            self.pause = (2 * self.pause).min(longest.max(self.pause));
             // A copy that differed as soon as it was made is made again where it was.
             return self.wait_until(at, protected_since.is_none() || !self.resynchronising);
         }
@@ -305,6 +322,29 @@ mod tests {
         protect(&mut search, now);
         search.lost(ms(now + 10_000), "it died");
         assert_eq!(search.due(), Some(ms(now + 10_000)), "it had lasted");
+    }
+
+    #[test]
+    fn a_backup_that_stands_in_the_way_again_and_again_takes_a_small_part_of_the_time() {
+        let patience = ms(12_000);
+        let mut search = search(&["a"], None).with_patience(patience);
+        let (mut now, mut last) = (0, 0);
+        for _ in 0..12 {
+            protect(&mut search, now);
+            now += 12_500;
+            search.lost(ms(now), "its disk has not answered");
+            let due = search.due().unwrap().as_millis() as u64;
+            last = due - now;
+            now = due;
+        }
+        assert_eq!(last, 120_000);
+        // That nobody takes the VM is found out at no cost, so it is not waited longer than else.
+        let asked = refusal(&mut search).1;
+        assert_eq!(search.due(), Some(ms(asked + 10_000)));
+        now = asked + 10_000;
+        protect(&mut search, now);
+        search.lost(ms(now + 12_500), "its disk has not answered");
+        assert_eq!(search.due(), Some(ms(now + 12_500 + 120_000)), "it has not been forgotten");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Generation, PairId, clip};
 
 /// Version of the messages and of the log. Two sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// How a protected VM's disks are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +106,9 @@ pub struct Timing {
     pub claim_retry_ms: u64,
     /// Lag that is not to be reached: the primary is slowed down from a fifth of it on, and stands still at four fifths.
     pub max_lag_ms: u64,
+    /// How long a backup waits for a disk of its own to do one request before it gives itself up: for as long the
+    /// primary may stand still for it.
+    pub disk_timeout_ms: u64,
 }
 
 /// A [`Timing`] that cannot work.
@@ -159,6 +162,7 @@ impl Timing {
             clone_timeout_ms: failure_timeout_ms.saturating_mul(10).max(10_000),
             claim_retry_ms: (failure_timeout_ms / 2).max(10),
             max_lag_ms,
+            disk_timeout_ms: 10_000,
         }
     }
 
@@ -172,6 +176,7 @@ impl Timing {
             ("clone_timeout_ms", self.clone_timeout_ms),
             ("claim_retry_ms", self.claim_retry_ms),
             ("max_lag_ms", self.max_lag_ms),
+            ("disk_timeout_ms", self.disk_timeout_ms),
         ] {
             if !(1..=86_400_000).contains(&value) {
                 return Err(BadTiming::OutOfRange { name, value });
@@ -225,6 +230,19 @@ impl Timing {
     /// [`Timing::max_lag_ms`].
     pub fn max_lag(&self) -> Duration {
         Duration::from_millis(self.max_lag_ms)
+    }
+
+    /// [`Timing::disk_timeout_ms`].
+    pub fn disk_timeout(&self) -> Duration {
+        Duration::from_millis(self.disk_timeout_ms)
+    }
+
+    /// How long a backup may have the primary stand still before it gives itself up; zero if it works with no disk.
+    pub fn disk_patience(&self, mode: DiskMode, reads: DiskReads) -> Duration {
+        match (mode, reads) {
+            (DiskMode::Shared, DiskReads::Log) => Duration::ZERO,
+            (DiskMode::Shared, DiskReads::Backup) | (DiskMode::Mirrored, _) => self.disk_timeout(),
+        }
     }
 }
 

@@ -339,4 +339,8 @@ fn timing_is_checked() {
     assert!(Timing::new(20, 30, 100).check().is_err());
     assert!(Timing::new(0, 200, 100).check().is_err());
     assert!(Timing::new(20, 200, u64::MAX).check().is_err());
+    for disk_timeout_ms in [0, u64::MAX] {
+        let timing = Timing { disk_timeout_ms, ..Timing::default() };
+        assert!(timing.check().is_err_and(|error| error.to_string().contains("disk_timeout_ms")));
+    }
 }

@@ -99,7 +99,8 @@ impl Request {
 
     fn search(&self) -> Search {
         let standbys = self.standbys.iter().map(String::as_str);
-        Search::new(boot_time(), standbys, self.own.as_deref())
+        let patience = self.timing.disk_patience(self.disk_mode, self.disk_reads);
+        Search::new(boot_time(), standbys, self.own.as_deref()).with_patience(patience)
     }
 
     fn terms(&self, pair: PairId, generation: Generation, standby: &str) -> Terms {

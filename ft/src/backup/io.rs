@@ -54,6 +54,14 @@ pub enum Input {
         /// Digests compared so far, all equal.
         digests_compared: u64,
     },
+    /// The vCPU stands where the last [`Input::Executed`] said, until a disk of this side has done what the primary's
+    /// has. May be repeated, and is over with the next that goes further.
+    AwaitsDisk {
+        /// The disk's slot.
+        device: u8,
+        /// A request failed there, and is tried again.
+        failed: bool,
+    },
     /// The vCPU found a digest that differs; it has stopped.
     Unequal {
         /// Where.

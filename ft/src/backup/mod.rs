@@ -23,7 +23,10 @@
 //! - What decides the lease is when the newest heartbeat *that was echoed* arrived: the primary counts
 //!   from when it sent that one.
 //! - A backup whose guest differed, or that lost the claim, or that said `Discarded`, never goes live.
+//! - A backup that waits for a disk of its own for too long gives itself up, for the primary stands still meanwhile; but
+//!   only while it hears the primary, and never once it takes over: there may be no one else.
 
+mod disk;
 mod io;
 mod peer;
 mod report;
@@ -33,6 +36,7 @@ pub use io::{Action, BackupConfig, IllegalInput, Input};
 
 use std::time::Duration;
 
+use disk::DiskWait;
 use state::{Asked, Cause, State, TakeOver};
 
 use crate::arbiter::Claim;
@@ -71,6 +75,9 @@ pub struct Backup {
     reported: LogPosition,
     next_report: Duration,
     digests_compared: u64,
+    disk_wait: Option<DiskWait>,
+    /// When all that was copied had come.
+    loading_since: Option<Duration>,
     last_unequal: Option<Unequal>,
     last_failover: Option<Failover>,
 }
@@ -100,6 +107,8 @@ impl Backup {
             reported: LogPosition(0),
             next_report: now,
             digests_compared: 0,
+            disk_wait: None,
+            loading_since: None,
             last_unequal: None,
             last_failover: None,
         }
@@ -121,6 +130,7 @@ impl Backup {
                 self.detector.heard(now);
                 self.heard_again(now, actions);
                 self.message(now, message, actions);
+                self.give_up_on_disk(now, actions);
             }
             Input::ConnectionLost { reason } => self.lost(now, reason, actions),
             Input::Tick => {}
@@ -152,10 +162,14 @@ impl Backup {
                 if position > self.received || position < self.executed {
                     return Err(self.illegal("Executed beyond what was received"));
                 }
+                if position > self.executed {
+                    self.disk_wait = None;
+                }
                 self.executed = position;
                 self.executed_point = point;
                 self.digests_compared = digests_compared;
             }
+            Input::AwaitsDisk { device, failed } => self.awaits_disk(now, device, failed),
             Input::Unequal { point, unequal, pages } => {
                 let reason = format!("the backup's {} differs", clip(&unequal.component));
                 self.last_unequal = Some(unequal.clone());

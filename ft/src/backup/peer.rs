@@ -67,6 +67,7 @@ impl Backup {
             }
             Message::State { point, bytes } if matches!(state, State::Receiving) => {
                 self.executed_point = point;
+                self.loading_since = Some(now);
                 actions.push(Action::LoadState { point, bytes });
                 self.change(State::Loading, None, actions);
             }

@@ -3,6 +3,7 @@
 use ft::message::{CloneStart, Message};
 use ft::{Decoder, LogPosition, backup, primary};
 
+use crate::disks::Disks;
 use crate::guest::Output;
 use crate::node::{Role, Tagged};
 use crate::plant::Plant;
@@ -108,7 +109,8 @@ impl World {
                     let node = &mut self.nodes[id];
                     node.guest = Some(postcard::from_bytes(&bytes).expect("a guest"));
                     node.decoder = Decoder::new(point);
-                    let delay = self.rng.range(500, 30_000);
+                    let stable = if self.disks == Disks::Mirrored { self.hang(id) } else { 0 };
+                    let delay = self.rng.range(500, 30_000) + stable;
                     self.after(delay, Happening::Loaded { at: end });
                 }
                 backup::Action::Replay { end: position, bytes } => {

@@ -65,6 +65,8 @@ impl Disks {
 pub struct HostDisk {
     /// The host's own image. It outlives every process.
     pub image: Image,
+    /// Backup: until when its way to its disks does nothing.
+    pub hangs_until: u64,
     /// Primary: blocks that the copy has yet to bring over, from its beginning to the freeze.
     uncopied: Option<BTreeSet<usize>>,
     /// Backup: what it was given to do, and what it read once it is done.
@@ -105,10 +107,19 @@ impl World {
         }
     }
 
+    /// How long the host's disks still hang.
+    pub fn hang(&self, id: usize) -> u64 {
+        self.nodes[id].disk.hangs_until.saturating_sub(self.t)
+    }
+
     /// A host begins a request that is no output.
     pub fn issue(&mut self, id: usize, request: Request) {
+        self.issue_later(id, request, 0);
+    }
+
+    fn issue_later(&mut self, id: usize, request: Request, hang: u64) {
         let from = self.nodes[id].end();
-        let takes = self.rng.range(10, 4_000) + self.late();
+        let takes = self.rng.range(10, 4_000) + self.late() + hang;
         self.after(takes, Happening::Worked { from, request });
     }
 
@@ -116,7 +127,8 @@ impl World {
     pub fn follow(&mut self, id: usize, request: Request) {
         if self.disks.backup_does(request.op) {
             self.nodes[id].disk.issued.insert(request.id, (request, None));
-            self.issue(id, request);
+            let hang = self.hang(id);
+            self.issue_later(id, request, hang);
         }
     }
 

@@ -35,6 +35,8 @@ pub enum Fault {
     ArbiterElsewhere { node: usize, for_us: u64 },
     /// The disk tells late that writes are done.
     SlowDisk { for_us: u64 },
+    /// One host's way to its disks hangs while it holds a backup: what that asks of them is done afterwards.
+    DiskHangs { node: usize, for_us: u64 },
     /// The backup's vCPU gets little time.
     SlowReplay { for_us: u64 },
     /// A clock jumps ahead.
@@ -78,7 +80,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         1 => rng.range(150_000, 500_000),
         _ => rng.range(500_000, 3_000_000),
     };
-    match rng.range(0, 34) {
+    match rng.range(0, 35) {
         0..3 => Fault::CrashProcess { node },
         3 => Fault::CrashHost { node },
         4..9 => Fault::Freeze { node, for_us },
@@ -102,6 +104,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         // The backup is behind when the primary is gone.
         31 => Fault::SlowReplay { for_us },
         32 => Fault::HandOver,
+        33 => Fault::DiskHangs { node, for_us },
         _ => Fault::Disable,
     }
 }

@@ -56,6 +56,10 @@ impl World {
                 self.arbiter.elsewhere_until.insert(node, t + for_us);
             }
             Fault::SlowDisk { for_us } => self.disk_slow_until = t + for_us,
+            Fault::DiskHangs { node, for_us } => {
+                let disk = &mut self.nodes[node].disk;
+                disk.hangs_until = disk.hangs_until.max(t + for_us);
+            }
             Fault::ArbiterSlow { for_us } => self.arbiter.slow_until = t + for_us,
             Fault::SlowReplay { for_us } => {
                 for node in &mut self.nodes {

@@ -198,6 +198,7 @@ impl Node {
         self.slow_until = old.slow_until;
         self.backlog = old.backlog;
         self.disk.image = old.disk.image;
+        self.disk.hangs_until = old.disk.hangs_until;
     }
 
     pub fn end(&self) -> End {

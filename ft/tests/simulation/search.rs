@@ -19,7 +19,7 @@ const RETRANSMISSION_US: u64 = 100_000;
 
 /// The times that every generation goes by.
 pub fn timing() -> Timing {
-    Timing { clone_timeout_ms: 1_500, ..Timing::default() }
+    Timing { clone_timeout_ms: 1_500, disk_timeout_ms: 1_200, ..Timing::default() }
 }
 
 fn address(host: usize) -> String {
@@ -68,7 +68,9 @@ impl World {
     fn begin_search(&mut self, id: usize, standbys: Vec<String>, own: Option<&str>) {
         self.withdraw(id);
         let now = self.nodes[id].clock.now(self.t);
-        let search = Search::new(now, standbys.iter().map(String::as_str), own);
+        let (mode, reads) = self.disks.terms();
+        let search = Search::new(now, standbys.iter().map(String::as_str), own)
+            .with_patience(timing().disk_patience(mode, reads));
         self.nodes[id].wish = Some(Wish { search, standbys, asked_for: false });
         self.schedule_search(id);
     }

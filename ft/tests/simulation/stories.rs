@@ -303,6 +303,40 @@ fn mirrored_disks_are_made_alike_after_every_loss() {
 }
 
 #[test]
+fn a_backup_whose_disk_hangs_is_given_up_and_made_again() {
+    for disks in [Disks::Mirrored, Disks::BackupReads] {
+        for seed in 1..=8 {
+            // Much longer than the backup is waited for. The one that is made then has to prove itself.
+            let faults = [
+                (AT, Fault::DiskHangs { node: 1, for_us: 5_000_000 }),
+                (AT + 5_900_000, Fault::CrashLive),
+            ];
+            let outcome = World::story_on(seed, disks, &faults);
+            let told = outcome.trace.join("\n");
+            assert!(outcome.violation.is_none(), "seed {seed}: {:?}\n{told}", outcome.violation);
+            assert!(said(&outcome, "its disk in slot 0 has not answered"), "seed {seed}:\n{told}");
+            assert!(said(&outcome, "host0 goes alone"), "seed {seed}:\n{told}");
+            assert!(outcome.protections >= 2 && !outcome.lost, "seed {seed}:\n{told}");
+        }
+    }
+}
+
+#[test]
+fn a_side_that_takes_over_waits_for_its_disk_however_long_that_takes() {
+    for seed in 1..=8 {
+        let faults = [
+            (AT - 50_000, Fault::DiskHangs { node: 1, for_us: 5_000_000 }),
+            (AT, Fault::CrashProcess { node: 0 }),
+        ];
+        let outcome = World::story_on(seed, Disks::Mirrored, &faults);
+        let told = outcome.trace.join("\n");
+        assert!(outcome.violation.is_none(), "seed {seed}: {:?}\n{told}", outcome.violation);
+        assert!(outcome.failovers == 1 && !outcome.lost, "seed {seed}:\n{told}");
+        assert!(outcome.failover_us[0] > 4_000_000, "it did not wait:\n{told}");
+    }
+}
+
+#[test]
 fn writes_wait_for_what_the_backup_has_yet_to_read() {
     for seed in 1..=8 {
         let faults = [(AT, Fault::CrashProcess { node: 0 })];

@@ -172,7 +172,7 @@ impl World {
         let Some(guest) = node.guest.as_ref().filter(|_| node.loaded) else { return };
         let start = guest.point;
         let before = node.executed;
-        let mut unequal = None;
+        let (mut unequal, mut awaits) = (None, false);
         // A backup may be a little faster than its primary, or it would never catch up.
         while self.nodes[id]
             .guest
@@ -190,6 +190,7 @@ impl World {
                     let Some(settled) = self.settle(id, &event) else {
                         let record = Record { point: record.point, entry: Entry::Event(event) };
                         self.nodes[id].next_record = Some((record, end));
+                        awaits = true;
                         break;
                     };
                     Entry::Event(settled)
@@ -249,6 +250,9 @@ impl World {
             self.step_backup(id, backup::Input::Unequal { point, unequal, pages });
         } else if position.0 > before && self.plant != Some(Plant::LiveWithoutDraining) {
             self.step_backup(id, backup::Input::Executed { point, position, digests_compared });
+        }
+        if awaits {
+            self.step_backup(id, backup::Input::AwaitsDisk { device: 0, failed: false });
         }
     }
 

@@ -102,9 +102,11 @@ enum Command {
     ///
     /// The backup's certificate must name HOST; for tls_dir and its like see ft-receive. The other keys,
     /// with their defaults: mode=lockstep, disk_mode=shared, disk_reads=log, heartbeat_ms=20,
-    /// failure_timeout_ms=300, max_lag_ms=100, log_buffer_bytes=16M. With disk_mode=mirrored each host has
-    /// images of its own; with disk_reads=backup the backup reads shared ones by itself. With same_host=on a
-    /// standby may be on the VM's own host, which is refused else: to try protection out.
+    /// failure_timeout_ms=300, max_lag_ms=100, log_buffer_bytes=16M, disk_timeout_ms=10000. With
+    /// disk_mode=mirrored each host has images of its own; with disk_reads=backup the backup reads shared
+    /// ones by itself. Either way a backup that waits for a disk of its own for longer than disk_timeout_ms,
+    /// while the VM stands still, gives itself up, and the VM goes on without it. With same_host=on a standby
+    /// may be on the VM's own host, which is refused else: to try protection out.
     FtEnable {
         /// backup_url=tcp:HOST:PORT,arbiter_url=URL[,tls_dir=DIR][,...]; URL is what both hosts must reach:
         /// file:/DIR, a shared directory, or etcd:[HOST:PORT,HOST:PORT,...]

@@ -4,15 +4,17 @@
 //! side lives and the client has been answered by it. `tests/faults.rs` tells each as a story of its own;
 //! [`Storm`] strikes with one after the other at random.
 
+use crate::disk::Disk;
 use crate::kills::progress;
 use crate::lab::Lab;
+use crate::mirrors;
 use crate::network::Side;
 use crate::pair::{CHANGE, Death, LOGGING_PORT, Pair, wait_for_status};
 use crate::patience::eventually;
 use crate::proxy::{Proxy, Weather};
 use crate::vmm::Vmm;
 use anyhow::{Context, Result, ensure};
-use ft::FtStatus;
+use ft::{DiskMode, FtStatus};
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
 use nix::sys::signal::Signal;
@@ -255,11 +257,14 @@ pub struct Storm {
     pub count: u32,
     /// Chooses faults and moments.
     pub seed: u64,
+    /// How the pair has its disks.
+    pub disk_mode: DiskMode,
 }
 
 impl Storm {
     /// Boots a guest in `lab`, lets the faults happen and balances the account. `tell` hears of each fault,
-    /// and how long the client waited for its next answer.
+    /// and how long the client waited for its next answer. Mirrored images must be alike in the end, and either must
+    /// hold everything.
     ///
     /// # Errors
     ///
@@ -273,7 +278,7 @@ impl Storm {
             let fault = *FAULTS.choose(&mut random).context("there are faults")?;
             let proxy = proxy(&pair, random.random())?;
             let strike = |pair: &mut Pair, random: &mut StdRng| -> Result<Duration> {
-                pair.protect_with(&json!({}), &through(&proxy, fault.terms()))?;
+                self.protect(pair, &through(&proxy, fault.terms()))?;
                 progress(&load, 1)?;
                 // A random moment.
                 std::thread::sleep(Duration::from_micros(random.random_range(0..1_000_000)));
@@ -287,10 +292,40 @@ impl Storm {
                 .with_context(|| format!("fault {number}, {fault:?}, seed {}", self.seed))?;
             tell(number, fault, took);
         }
+        self.settle(pair, load)
+    }
+
+    fn protect(&self, pair: &mut Pair, terms: &Value) -> Result<()> {
+        let (mut terms, mut receive) = (terms.clone(), json!({}));
+        terms["disk_mode"] = json!(self.disk_mode);
+        // The configuration names the image of the host on which the guest was booted.
+        if self.disk_mode == DiskMode::Mirrored && pair.side.other() == Side::B {
+            receive = mirrors::receive(&mirrors::image_of(&pair.lab, Side::B));
+        }
+        pair.protect_with(&receive, &terms).map(drop)
+    }
+
+    /// Balances the account, on each image there is.
+    fn settle(&self, mut pair: Pair, load: Load) -> Result<Verdict> {
+        if self.disk_mode == DiskMode::Mirrored {
+            self.protect(&mut pair, &json!({})).with_context(|| pair.describe())?;
+            progress(&load, SOME)?;
+            mirrors::alike(&pair).with_context(|| pair.describe())?;
+        }
         let answers = load.stop()?;
         let lab = pair.power_off()?;
-        let verdict = Verdict::of(&answers, &lab.disk.ledger()?);
-        ensure!(verdict.is_clean(), "the account does not balance: {verdict:?}");
-        Ok(verdict)
+        let disks: Vec<Disk> = match self.disk_mode {
+            DiskMode::Shared => vec![lab.disk.clone()],
+            DiskMode::Mirrored => mirrors::disks(&lab),
+        };
+        let mut last = None;
+        for disk in disks {
+            disk.check()?;
+            let verdict = Verdict::of(&answers, &disk.ledger()?);
+            let image = disk.path().display();
+            ensure!(verdict.is_clean(), "the account does not balance on {image}: {verdict:?}");
+            last = Some(verdict);
+        }
+        last.context("there is a disk")
     }
 }

@@ -15,6 +15,7 @@ pub mod guest;
 pub mod interrupt;
 pub mod kills;
 pub mod lab;
+pub mod mirrors;
 pub mod namespace;
 pub mod network;
 pub mod pair;

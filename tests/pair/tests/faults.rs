@@ -4,7 +4,7 @@
 //! answer it got is on the disk, in order, and the file system is sound.
 
 use anyhow::{Context, Result, ensure};
-use ft::FtStatus;
+use ft::{DiskMode, FtStatus};
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
 use pair_tests::faults::{Fault, Storm, proxy, through};
@@ -78,7 +78,7 @@ fn ten_faults_at_random() -> Result<()> {
     if !met("ten faults at random", &NEEDS) {
         return Ok(());
     }
-    let storm = Storm { count: 10, seed: 1 };
+    let storm = Storm { count: 10, seed: 1, disk_mode: DiskMode::Shared };
     let verdict = storm.run(Lab::new()?, |number, fault, took| {
         println!("{number}: {fault:?}, answered again and settled after {took:?}");
     })?;

@@ -6,26 +6,21 @@ use ledger_client::load::{Load, Options};
 use pair_tests::disk::Disk;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
+use pair_tests::mirrors::{alike, image_of, receive};
 use pair_tests::network::Side;
 use pair_tests::pair::{CHANGE, Death, Pair, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
 use serde_json::{Value, json};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where host b has its image, unless a test has it elsewhere.
 fn image_of_b(lab: &Lab) -> PathBuf {
-    lab.directory().join("b.raw")
-}
-
-fn receive(image: &Path) -> Value {
-    json!({ "disks": [{ "id": "_disk0", "path": image }] })
+    image_of(lab, Side::B)
 }
 
 fn mirrored() -> Value {
@@ -42,43 +37,6 @@ fn load(pair: &Pair, name: &str) -> Result<Load> {
     options.connections = 3;
     options.padding = 3000;
     pair.lab.load(options)
-}
-
-/// The first byte in which two files differ.
-fn difference(a: &Path, b: &Path) -> Result<Option<u64>> {
-    let (mut a, mut b) = (std::fs::File::open(a)?, std::fs::File::open(b)?);
-    ensure!(a.metadata()?.len() == b.metadata()?.len(), "the images have different sizes");
-    let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let mut at = 0;
-    loop {
-        let count = a.read(&mut ours)?;
-        b.read_exact(&mut theirs[..count])?;
-        if count == 0 {
-            return Ok(None);
-        }
-        if let Some(index) = ours[..count].iter().zip(&theirs).position(|(a, b)| a != b) {
-            return Ok(Some(at + index as u64));
-        }
-        at += count as u64;
-    }
-}
-
-/// Has the guest rest for a moment, and looks whether both images hold the same.
-fn alike(pair: &Pair) -> Result<()> {
-    pair.primary.api().put("vm.pause")?;
-    wait_for_status(&pair.primary, "everything is executed", |status| {
-        status.log.executed_bytes == status.log.recorded_bytes
-    })?;
-    let (a, b) = (pair.lab.disk.path().to_owned(), image_of_b(&pair.lab));
-    // What was under way when it paused is done by either host in its own time.
-    let mut last = None;
-    let found = eventually(Duration::from_secs(10), "both images are alike", || {
-        last = difference(&a, &b)?;
-        Ok(last.is_none().then_some(()))
-    });
-    found.with_context(|| format!("they differ at byte {last:?}"))?;
-    pair.primary.api().put("vm.resume")?;
-    Ok(())
 }
 
 /// Ends the pair; `image` is the one that counts.
@@ -265,6 +223,9 @@ fn mount(options: &[&str], path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// More than a file system of 40 MB holds, written in the background.
+const FILL: &str = "(dd if=/dev/urandom of=/data/noise bs=1M count=48; sync) 2>/dev/null & true";
+
 #[test]
 fn a_full_disk_of_the_backup_delays_it_and_is_told_until_there_is_room() -> Result<()> {
     if !met("a full disk under a mirrored backup", &NEEDS) {
@@ -293,10 +254,11 @@ fn fill_and_make_room(pair: &mut Pair, load: &Load, small: &SmallDisk, image: &P
     drop(pair.backup.take());
 
     small.resize("40M")?;
-    pair.protect_with(&receive(image), &mirrored())?;
+    // It is not given up meanwhile.
+    let patient = json!({ "disk_mode": "mirrored", "disk_timeout_ms": 600_000 });
+    pair.protect_with(&receive(image), &patient)?;
     progress(load, 20)?;
-    let fill = "(dd if=/dev/urandom of=/data/noise bs=1M count=48; sync) 2>/dev/null & true";
-    pair.primary.console.run(fill, PATIENCE)?;
+    pair.primary.console.run(FILL, PATIENCE)?;
     let backup = pair.backup.as_ref().context("there is a backup")?;
     wait_for_status(backup, "the backup says why it falls behind", |status| {
         status.reason.as_ref().is_some_and(|reason| reason.contains("is tried again"))
@@ -307,6 +269,59 @@ fn fill_and_make_room(pair: &mut Pair, load: &Load, small: &SmallDisk, image: &P
         status.reason.is_none() && status.state == "replaying"
     })?;
     pair.primary.console.run("wait", PATIENCE)?;
+    progress(load, 20)?;
+    alike(pair)?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    Ok(())
+}
+
+#[test]
+fn a_backup_whose_disk_stays_full_is_given_up_and_made_again_when_there_is_room() -> Result<()> {
+    if !met("a mirrored backup that is given up for its full disk", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let small = SmallDisk::mount(lab.directory().join("small"), "40M")?;
+    let image = small.0.join("b.raw");
+    std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
+    let mut pair = Pair::boot(lab)?;
+    let load = load(&pair, "sick")?;
+    give_up_and_come_back(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
+    settle(pair, load, &image)
+}
+
+fn give_up_and_come_back(
+    pair: &mut Pair,
+    load: &Load,
+    small: &SmallDisk,
+    image: &Path,
+) -> Result<()> {
+    let mut terms = for_good();
+    terms["disk_timeout_ms"] = json!(1_500);
+    pair.protect_with(&receive(image), &terms)?;
+    let before = pair.status()?.generation;
+    progress(load, 20)?;
+    pair.primary.console.run(FILL, PATIENCE)?;
+    let filled = Instant::now();
+    wait_for_status(&pair.primary, "the backup is given up", |status| status.generation > before)?;
+    println!("given up {:?} after the guest began to write", filled.elapsed());
+    let log = pair.primary.log();
+    ensure!(log.contains("the backup gave up: its disk in slot"), "{log}");
+    // The standby is asked again and has no room. The guest writes all that it wanted to, and answers.
+    wait_for_status(&pair.primary, "the standby has no room", |status| {
+        let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());
+        error.is_some_and(|error| error.contains("No space left"))
+    })?;
+    pair.primary.console.run("wait", PATIENCE)?;
+    println!("{:?} for the next 40 answers", progress(load, 40)?);
+    ensure!(pair.status()?.state != "protected", "nobody has made room");
+
+    small.resize("400M")?;
+    let room = Instant::now();
+    pair.wait_until_protected(room)?;
+    println!("protected again {:?} after there was room", room.elapsed());
     progress(load, 20)?;
     alike(pair)?;
     pair.kill_primary(Death::Process)?;

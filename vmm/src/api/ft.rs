@@ -153,6 +153,9 @@ pub struct FtEnableConfig {
     /// Milliseconds the backup may be behind before the primary is slowed down.
     #[serde(default = "default_max_lag_ms")]
     pub max_lag_ms: u64,
+    /// Milliseconds for which the backup may wait for a disk of its own before it gives itself up.
+    #[serde(default = "default_disk_timeout_ms")]
+    pub disk_timeout_ms: u64,
     /// Bytes of log that may wait for the backup before the primary stalls.
     #[serde(default = "default_log_buffer_bytes")]
     pub log_buffer_bytes: u64,
@@ -172,6 +175,10 @@ fn default_failure_timeout_ms() -> u64 {
 
 fn default_max_lag_ms() -> u64 {
     Timing::default().max_lag_ms
+}
+
+fn default_disk_timeout_ms() -> u64 {
+    Timing::default().disk_timeout_ms
 }
 
 fn default_log_buffer_bytes() -> u64 {
@@ -219,6 +226,7 @@ impl FtEnableConfig {
             heartbeat_ms: default_heartbeat_ms(),
             failure_timeout_ms: default_failure_timeout_ms(),
             max_lag_ms: default_max_lag_ms(),
+            disk_timeout_ms: default_disk_timeout_ms(),
             log_buffer_bytes: default_log_buffer_bytes(),
         }
     }
@@ -251,7 +259,10 @@ impl FtEnableConfig {
 
     /// The times both sides go by.
     pub fn timing(&self) -> Timing {
-        Timing::new(self.heartbeat_ms, self.failure_timeout_ms, self.max_lag_ms)
+        Timing {
+            disk_timeout_ms: self.disk_timeout_ms,
+            ..Timing::new(self.heartbeat_ms, self.failure_timeout_ms, self.max_lag_ms)
+        }
     }
 }
 
@@ -300,6 +311,7 @@ impl FtEnableConfig {
             "heartbeat_ms",
             "failure_timeout_ms",
             "max_lag_ms",
+            "disk_timeout_ms",
             "log_buffer_bytes",
         ];
         let keys = [&own[..], &ChannelSecurity::KEYS].concat();
@@ -330,6 +342,7 @@ impl FtEnableConfig {
             heartbeat_ms: ms("heartbeat_ms", default_heartbeat_ms())?,
             failure_timeout_ms: ms("failure_timeout_ms", default_failure_timeout_ms())?,
             max_lag_ms: ms("max_lag_ms", default_max_lag_ms())?,
+            disk_timeout_ms: ms("disk_timeout_ms", default_disk_timeout_ms())?,
             log_buffer_bytes: log_buffer_bytes.unwrap_or(default_log_buffer_bytes()),
         })
     }
@@ -396,9 +409,10 @@ mod tests {
     #[test]
     fn option_strings_mean_what_the_json_means() {
         let text = "backup_url=tcp:10.0.0.2:7700,arbiter_url=file:/shared,heartbeat_ms=10,\
-            log_buffer_bytes=1M,mode=lockstep,disk_mode=shared,same_host=on";
+            disk_timeout_ms=2000,log_buffer_bytes=1M,mode=lockstep,disk_mode=shared,same_host=on";
         let expected = enable(|json| {
             json["heartbeat_ms"] = json!(10);
+            json["disk_timeout_ms"] = json!(2000);
             json["log_buffer_bytes"] = json!(1 << 20);
             json["same_host"] = json!(true);
         });
@@ -473,6 +487,7 @@ mod tests {
             ("heartbeat_ms", json!(0)),
             ("failure_timeout_ms", json!(30)),
             ("max_lag_ms", json!(0)),
+            ("disk_timeout_ms", json!(0)),
             ("log_buffer_bytes", json!(10)),
             ("backup_url", json!(null)),
             ("standbys", json!(vec!["tcp:h:1"; MAX_STANDBYS + 1])),

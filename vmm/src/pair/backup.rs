@@ -5,7 +5,7 @@
 //! [`BackupHost`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use ft::backup::{Action, Input};
@@ -80,10 +80,23 @@ impl BackupControl {
 /// How far the vCPU thread is; written by it, read by the ft thread.
 #[derive(Debug, Default)]
 struct Progress {
-    executed: Mutex<(LogPosition, ExecutionPoint)>,
+    at: Mutex<At>,
     digests: AtomicU64,
-    /// The disk that the guest waits for, and whether it failed there.
-    awaits: Mutex<Option<(u8, bool)>>,
+}
+
+/// Where the guest stands: all of one moment.
+#[derive(Clone, Copy, Debug, Default)]
+struct At {
+    position: LogPosition,
+    point: ExecutionPoint,
+    /// The disk that it waits for there, and whether a request failed on it.
+    awaits: Option<(u8, bool)>,
+}
+
+impl Progress {
+    fn at(&self) -> MutexGuard<'_, At> {
+        self.at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The vCPU thread's end of [`Progress`].
@@ -92,7 +105,6 @@ struct ProgressReporter {
     /// The latest published, and the latest the ft thread was woken for.
     executed: LogPosition,
     told: LogPosition,
-    awaits_disk: bool,
     side: Handle<Backup>,
     waker: Arc<EventFd>,
 }
@@ -102,19 +114,15 @@ impl ReplayObserver for ProgressReporter {
         // Published at once: a backup that falls behind never empties its log, and its lag is seen only
         // by what it reports on the way. The ft thread looks whenever it wakes, which it does for
         // every message and heartbeat.
-        *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner) = (position, point);
+        *self.progress.at() = At { position, point, awaits: None };
         self.executed = position;
-        if std::mem::take(&mut self.awaits_disk) {
-            *self.progress.awaits.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        }
     }
 
     fn awaits_disk(&mut self, device: u8, failed: bool) {
-        let mut awaits = self.progress.awaits.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = failed || awaits.is_some_and(|(_, failed)| failed);
-        *awaits = Some((device, failed));
-        drop(awaits);
-        self.awaits_disk = true;
+        let mut at = self.progress.at();
+        let failed = failed || at.awaits.is_some_and(|(_, failed)| failed);
+        at.awaits = Some((device, failed));
+        drop(at);
         // How far this side is, is told now, as with an empty log.
         self.log_empty();
     }
@@ -208,12 +216,14 @@ impl Side for BackupSide {
     }
 
     fn take(&mut self) {
-        let (position, point) =
-            *self.progress.executed.lock().unwrap_or_else(PoisonError::into_inner);
+        let At { position, point, awaits } = *self.progress.at();
         if position > LogPosition(0) && !self.core.machine.ended() {
             self.catch_up();
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
             self.step(Input::Executed { point, position, digests_compared });
+        }
+        if let Some((device, failed)) = awaits {
+            self.step(Input::AwaitsDisk { device, failed });
         }
     }
 
@@ -226,8 +236,7 @@ impl Side for BackupSide {
         let (machine, progress) = (&self.core.machine, &self.progress);
         self.core.status.update(now, machine.state_name(), |status| {
             machine.status(status);
-            let awaits = *progress.awaits.lock().unwrap_or_else(PoisonError::into_inner);
-            if let (None, Some((device, true))) = (&status.reason, awaits) {
+            if let (None, Some((device, true))) = (&status.reason, progress.at().awaits) {
                 status.reason = Some(format!(
                     "a request failed on this side's disk in slot {device} and is tried again; the backup falls behind"
                 ));
@@ -378,7 +387,6 @@ impl BackupSide {
             progress: Arc::clone(&self.progress),
             executed: LogPosition(0),
             told: LogPosition(0),
-            awaits_disk: false,
             side: self.core.handle.clone(),
             waker: self.core.handle.waker(),
         };

@@ -1,7 +1,8 @@
 //! One shared image that the backup reads by itself, while the primary goes on writing.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -16,6 +17,7 @@ use vmm::run_loop::recorder::{Feedback, FromVcpu, HeldOutput, Recorder};
 use vmm::run_loop::replay::{self, Replay, ReplayObserver};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::recording::{record_as, replay_with, run};
 use crate::{DEVICE, OneDisk, Setup, image};
 
 /// Longer than any position, and not the word for a side that runs alone.
@@ -180,4 +182,87 @@ fn a_write_that_does_not_wait_for_the_backups_read_is_found() {
     let (primary, backup, _) = shared(false);
     let equal = backup.is_ok_and(|end| end.0.first_unequal(&primary.0).is_none());
     assert!(!equal, "the backup read what had been overwritten, and nobody noticed");
+}
+
+/// Every read fails.
+struct Unreadable;
+
+impl Faults for Unreadable {
+    fn before(&self, step: Step) -> Verdict {
+        match step.kind == StepKind::Read {
+            true => Verdict::Fail(Errno::EIO),
+            false => Verdict::Go,
+        }
+    }
+}
+
+/// Begins nothing until it is opened.
+#[derive(Default)]
+struct Held(Mutex<bool>, Condvar);
+
+impl Held {
+    fn open(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+}
+
+impl Faults for Held {
+    fn before(&self, _step: Step) -> Verdict {
+        drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
+        Verdict::Go
+    }
+}
+
+#[test]
+fn a_read_completed_for_the_guest_before_it_went_live_is_nothing_to_it_when_the_host_has_done_it() {
+    let setup = Setup::new();
+    let image = image();
+    let (mut log, mut primary) = (Vec::new(), setup.guest());
+    {
+        // What fails on the primary is told in the log, and the backup does not wait for its own.
+        let outlet = OneDisk::open(image.path(), true, Some(Arc::new(Unreadable)));
+        let events = outlet.start(DEVICE);
+        let plan = DiskPlan::BackupReads;
+        record_as(plan, &mut primary, outlet.clone(), &events, &mut log, |_| {
+            outlet.submitted.lock().unwrap().len() > 400
+        });
+        outlet.disk.halt();
+    }
+    let held = Arc::new(Held::default());
+    let outlet = OneDisk::open(image.path(), true, Some(Arc::clone(&held) as Arc<dyn Faults>));
+    let events = outlet.follow(DEVICE);
+    let way_out = Arc::clone(&outlet) as Arc<dyn Outlet>;
+    let disks = FollowedDisks::new(DiskPlan::BackupReads, Arc::clone(&way_out));
+    let mut backup = setup.guest();
+    let (replay, off, _) = replay_with(&mut backup, &log[..], disks, &events);
+    assert!(!off);
+    let begun: BTreeSet<u64> = outlet.submitted.lock().unwrap().iter().copied().collect();
+    let outstanding: BTreeSet<u64> =
+        backup.machine().outstanding().into_iter().map(|(_, request)| request.id).collect();
+    let mut strays = &begun - &outstanding;
+    assert!(strays.len() > 50, "{} reads are under way that nobody waits for", strays.len());
+
+    let mut live = replay.go_live(&backup, &way_out);
+    outlet.disk.go_live();
+    held.open();
+    // The host does the oldest first, so that all of them come before the guest is at its end.
+    let (passed, checked) = unbounded();
+    std::thread::scope(|scope| {
+        let (strays, events) = (&mut strays, &events);
+        scope.spawn(move || {
+            for event in events {
+                if let Event::DiskCompletion { request, .. } = &event {
+                    strays.remove(request);
+                }
+                if passed.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        assert!(run(&mut live, &mut backup, &checked, |_| false));
+        assert_eq!(outlet.report().0, 0, "a read gave something else than the write before it");
+        drop((live, way_out, checked, outlet));
+    });
+    assert_eq!(strays, BTreeSet::new(), "the host did not do these, so that nothing was tried");
 }
