@@ -104,6 +104,18 @@ impl Lab {
     /// Options that make `dyad` boot the guest with disk, network and console.
     #[must_use]
     pub fn boot_options(&self, mode: &str) -> Vec<String> {
+        let mut options = self.machine_options(mode, &self.disk);
+        options.extend(["--net".to_owned(), format!("tap={TAP},mac={MAC}")]);
+        options
+    }
+
+    /// Options for a second guest beside it, on a disk of its own and with no network.
+    #[must_use]
+    pub fn neighbour_options(&self, mode: &str, disk: &Disk) -> Vec<String> {
+        self.machine_options(mode, disk)
+    }
+
+    fn machine_options(&self, mode: &str, disk: &Disk) -> Vec<String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let root = if self.programs.is_some() { "dyad.root=/dev/vdb" } else { "" };
         let programs = self
@@ -116,7 +128,6 @@ impl Lab {
             ("--cmdline", command_line(&format!("{root} {mode}"))),
             ("--cpus", "boot=1".to_owned()),
             ("--memory", format!("size={}", self.memory)),
-            ("--net", format!("tap={TAP},mac={MAC}")),
             ("--serial", "tty".to_owned()),
             ("--console", "off".to_owned()),
             ("--hypervisor", "soft".to_owned()),
@@ -125,7 +136,7 @@ impl Lab {
         .flat_map(|(option, value)| [option.to_owned(), value])
         .collect();
         options.push("--disk".to_owned());
-        options.push(format!("path={},image_type=raw", text(self.disk.path())));
+        options.push(format!("path={},image_type=raw", text(disk.path())));
         options.extend(programs);
         let more = self.more_disks.iter();
         options.extend(more.map(|image| format!("path={},image_type=raw", text(image))));

@@ -1,18 +1,18 @@
-//! The measurements: the same guest protected, unprotected, and unprotected beside a busy processor in turn; an idle one;
-//! kills.
+//! The measurements: the same guest protected, unprotected, and unprotected beside another busy guest in turn; an idle
+//! one; kills.
 
 use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
 use super::workloads::{ALL, START, Work};
 use crate::cpu_time::MachineTime;
+use crate::disk::Disk;
 use crate::kills::{Kill, Plan};
 use crate::lab::Lab;
-use crate::pair::{Death, Pair, Timing};
+use crate::network::Side;
+use crate::pair::{BOOT, Death, Pair, Timing};
 use crate::vmm::Vmm;
-use anyhow::{Context, Error, Result, anyhow, ensure};
-use nix::time::{ClockId, clock_gettime};
+use anyhow::{Context, Error, Result, ensure};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How much of everything.
@@ -62,11 +62,13 @@ pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
         .collect();
     ensure!(!chosen.is_empty(), "no kind of work is named {:?}", extent.only);
     let mut pair = Pair::boot_with(Lab::with_programs()?, START)?;
+    let mut neighbour = Neighbour::boot(&pair.lab)?;
     keeper.results.machine.guest_kernel = pair.primary.console.run("uname -r", PATIENCE)?;
     for work in chosen {
-        one_kind(&mut pair, work, extent, keeper)
+        one_kind(&mut pair, &mut neighbour, work, extent, keeper)
             .with_context(|| format!("measuring {}\n{}", work.name, pair.describe()))?;
     }
+    drop(neighbour);
     (keeper.tell)("idle");
     keeper.results.idle = Some(idle(&mut pair, extent.idle)?);
     keeper.keep()?;
@@ -75,8 +77,16 @@ pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
 }
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Nothing is written there.
+const NEIGHBOUR_DISK_BYTES: u64 = 16 << 20;
 
-fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) -> Result<()> {
+fn one_kind(
+    pair: &mut Pair,
+    neighbour: &mut Neighbour,
+    work: &Work,
+    extent: &Extent,
+    keeper: &mut Keeper,
+) -> Result<()> {
     let steps = if extent.quick { work.quick } else { work.steps };
     let at = keeper.results.workloads.len();
     keeper.results.workloads.push(Workload {
@@ -91,9 +101,10 @@ fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) 
     (work.run)(pair, work.quick)?;
     for repetition in 0..extent.repetitions {
         // Which comes first changes, so that a guest growing slower or faster favours neither.
-        let kinds: [Kind; 3] = [plain_run, protected_run, beside_run];
+        let kinds: [Kind; 3] =
+            [|pair, _, work, steps| plain_run(pair, work, steps), protected_run, beside_run];
         for kind in 0..kinds.len() {
-            let run = kinds[(kind + repetition) % kinds.len()](pair, work, steps)?;
+            let run = kinds[(kind + repetition) % kinds.len()](pair, neighbour, work, steps)?;
             (keeper.tell)(&line(work, steps, &run));
             keeper.results.workloads[at].runs.push(run);
             keeper.keep()?;
@@ -103,7 +114,7 @@ fn one_kind(pair: &mut Pair, work: &Work, extent: &Extent, keeper: &mut Keeper) 
 }
 
 /// A way to do the work.
-type Kind = fn(&mut Pair, &Work, u64) -> Result<Run>;
+type Kind = fn(&mut Pair, &mut Neighbour, &Work, u64) -> Result<Run>;
 
 fn line(work: &Work, steps: u64, run: &Run) -> String {
     let rate = steps as f64 * work.step / run.seconds;
@@ -113,7 +124,7 @@ fn line(work: &Work, steps: u64, run: &Run) -> String {
         work.name, run.seconds, work.unit
     );
     let Some(protection) = &run.protection else {
-        let beside = run.neighbour_cpu_seconds.map(|_| ", one of them otherwise");
+        let beside = run.neighbour_cpu_seconds.map(|_| ", one of them by another guest");
         return format!("{start}, unprotected{}", beside.unwrap_or_default());
     };
     format!(
@@ -147,26 +158,34 @@ fn plain_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
     })
 }
 
-/// Beside a thread that wants a processor for itself all the time, as the guest of a backup may.
-fn beside_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
-    let done = AtomicBool::new(false);
-    let (run, neighbour) = std::thread::scope(|scope| {
-        let neighbour = scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                std::hint::spin_loop();
-            }
-            // The thread lives no longer than the run: all its time is the run's.
-            clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from)
-        });
-        let run = plain_run(pair, work, steps);
-        done.store(true, Ordering::Relaxed);
-        (run, neighbour.join())
-    });
-    let neighbour = neighbour.map_err(|_| anyhow!("the neighbour panicked"))??;
-    Ok(Run { neighbour_cpu_seconds: Some(neighbour.as_secs_f64()), ..run? })
+/// Another guest, which computes without end and stands still but for the runs beside it: as busy as the guest of a
+/// backup, and in need of the same caches, but nobody's backup.
+struct Neighbour(Vmm);
+
+impl Neighbour {
+    fn boot(lab: &Lab) -> Result<Self> {
+        let disk = Disk::create(lab.directory().join("neighbour.raw"), NEIGHBOUR_DISK_BYTES)?;
+        let options = lab.neighbour_options("dyad.run=shell", &disk);
+        let mut vmm = lab.start(Side::B, &options)?;
+        vmm.console.wait_for("# ", BOOT).with_context(|| vmm.log())?;
+        vmm.console.run("stress-ng --cpu 1 >/dev/null 2>&1 &", PATIENCE)?;
+        vmm.api().put("vm.pause")?;
+        Ok(Self(vmm))
+    }
 }
 
-fn protected_run(pair: &mut Pair, work: &Work, steps: u64) -> Result<Run> {
+/// Beside another guest.
+fn beside_run(pair: &mut Pair, neighbour: &mut Neighbour, work: &Work, steps: u64) -> Result<Run> {
+    let neighbour = &neighbour.0;
+    neighbour.api().put("vm.resume")?;
+    let cpu = neighbour.cpu_time()?;
+    let run = plain_run(pair, work, steps);
+    let neighbour_cpu_seconds = Some((neighbour.cpu_time()? - cpu).as_secs_f64());
+    neighbour.api().put("vm.pause")?;
+    Ok(Run { neighbour_cpu_seconds, ..run? })
+}
+
+fn protected_run(pair: &mut Pair, _: &mut Neighbour, work: &Work, steps: u64) -> Result<Run> {
     // Each run has a protection of its own: what the status counts from its start is this run's.
     let pause = pair.protect()?.pause;
     let backup_times = |pair: &Pair| {

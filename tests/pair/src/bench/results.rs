@@ -69,7 +69,7 @@ pub struct Run {
     pub vcpu_seconds: f64,
     /// What of it was spent outside of the kernel.
     pub vcpu_user_seconds: f64,
-    /// Processor time of the program that kept one processor busy meanwhile, as a backup would, if there was one.
+    /// Processor time of another guest that computed meanwhile, as busy as a backup's, if there was one.
     pub neighbour_cpu_seconds: Option<f64>,
     /// What protection did meanwhile, if there was any.
     pub protection: Option<Protection>,
@@ -202,7 +202,7 @@ impl Workload {
         median(self.runs.iter().filter_map(figures))
     }
 
-    /// Speed unprotected beside a busy processor over speed unprotected: what this machine makes of a guest when
+    /// Speed unprotected beside another guest over speed unprotected: what this machine makes of a guest when
     /// somebody else wants a processor, whatever it does there.
     #[must_use]
     pub fn beside(&self) -> Option<f64> {
@@ -396,7 +396,7 @@ mod tests {
         protection.backup_vcpu_user_seconds = 0.75;
         assert_eq!(work.need(), Some(Need { once: 1.5, again: 0.75 }));
 
-        // Beside a busy processor the same work took less of the others.
+        // Beside another guest the same work took less of the others.
         work.runs.push(beside(2.5));
         assert_eq!(work.need(), Some(Need { once: 1.25, again: 0.75 }));
         assert_eq!(work.ceiling(2), Some(1.0));

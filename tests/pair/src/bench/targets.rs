@@ -53,7 +53,7 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
             targets.push(Target {
                 what: format!("{}: speed protected / unprotected", work.name),
                 wanted: format!("at least {wanted:.2}"),
-                measured: format!("{ratio:.2}"),
+                measured: format!("{ratio:.3}"),
                 verdict: ratio_verdict(ratio, wanted, work.ceiling(results.machine.processors)),
             });
         }
