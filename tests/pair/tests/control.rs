@@ -26,22 +26,13 @@ fn digests_go_on(pair: &Pair) -> Result<()> {
     })
 }
 
-/// No status shown is older than this.
-const STATUS_AGE: Duration = Duration::from_millis(50);
-
 /// Pauses, and waits until the backup stands where the primary does, with nothing under way.
 fn pause(pair: &Pair) -> Result<FtStatus> {
     pair.primary.api().put("vm.pause")?;
     ensure!(pair.primary.state()? == "Paused", "vm.info says {}", pair.primary.state()?);
-    // What is shown is renewed fifty times a second: a status that lasts is of after the pause.
-    let mut before = None;
-    eventually(CHANGE, "the backup has executed everything", || {
-        std::thread::sleep(STATUS_AGE);
-        let status = pair.status()?;
+    wait_for_status(&pair.primary, "the backup has executed everything", |status| {
         let log = status.log;
-        let at_rest = log.executed_bytes == log.recorded_bytes && status.held_outputs == 0;
-        let lasts = before.replace(log.recorded_bytes) == Some(log.recorded_bytes);
-        Ok((at_rest && lasts).then_some(status))
+        log.executed_bytes == log.recorded_bytes && status.held_outputs == 0
     })
 }
 

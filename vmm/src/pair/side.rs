@@ -20,6 +20,8 @@ use super::{Promptness, boot_time, run_first, wait};
 
 /// A look at the channel older than this says nothing about the peer.
 const STALE: Duration = Duration::from_millis(5);
+/// Whoever looks at the status waits for the thread no longer than this.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(100);
 /// The longest sleep, and how long the peer has to read the last words.
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -101,6 +103,8 @@ enum Inward<I> {
     Asked(I, Sender<Result<(), String>>),
     /// Of a thread that works for this side.
     Told(I),
+    /// Of somebody who wants to know how things stand.
+    Looked(Sender<FtStatus>),
 }
 
 /// The way to an ft thread.
@@ -141,8 +145,15 @@ impl<M: Machine> Handle<M> {
         Arc::clone(&self.waker)
     }
 
-    /// What the operator is shown.
+    /// What the operator is shown: as it is now, or, if the thread is busy for long, as it was last.
     pub(super) fn status(&self) -> FtStatus {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        if self.inward.send(Inward::Looked(reply)).is_ok() {
+            let _ = self.waker.write(1);
+            if let Ok(status) = answer.recv_timeout(LOOK_TIMEOUT) {
+                return status;
+            }
+        }
         self.status.get()
     }
 }
@@ -316,6 +327,11 @@ pub(super) trait Side {
                 Inward::Asked(input, reply) => {
                     let result = self.try_step(input);
                     let _ = reply.send(result.map_err(|error| error.to_string()));
+                }
+                Inward::Looked(reply) => {
+                    self.core().status.expire();
+                    self.update_status();
+                    let _ = reply.send(self.core().status.latest());
                 }
             }
         }

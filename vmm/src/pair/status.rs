@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ft::FtStatus;
 
-/// Status is renewed no more often than this, unless the state changes.
+/// Status is renewed no more often than this, unless the state changes or somebody asks.
 const STATUS_PERIOD: Duration = Duration::from_millis(20);
 /// The log rate shown is the mean over this time.
 const RATE_PERIOD: Duration = Duration::from_secs(1);
@@ -45,6 +45,7 @@ pub(super) struct StatusWriter {
     status: FtStatus,
     state: &'static str,
     renewed: Duration,
+    expired: bool,
     /// When the present rate measurement began, and the log position then.
     rate_from: (Duration, u64),
 }
@@ -55,6 +56,16 @@ impl StatusWriter {
         self.cell.clone()
     }
 
+    /// Has the next update renew it.
+    pub(super) fn expire(&mut self) {
+        self.expired = true;
+    }
+
+    /// As it was renewed last.
+    pub(super) fn latest(&self) -> FtStatus {
+        self.status.clone()
+    }
+
     /// Renews it if it is due.
     pub(super) fn update(
         &mut self,
@@ -63,7 +74,8 @@ impl StatusWriter {
         fill: impl FnOnce(&mut FtStatus),
     ) {
         let changed = self.state != state;
-        if !changed && now < self.renewed + STATUS_PERIOD {
+        let expired = std::mem::take(&mut self.expired);
+        if !changed && !expired && now < self.renewed + STATUS_PERIOD {
             return;
         }
         self.state = state;
@@ -127,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_renewed_now_and_then_and_at_every_change() {
+    fn it_is_renewed_now_and_then_at_every_change_and_for_who_asks() {
         let mut writer = StatusWriter::default();
         let cell = writer.cell();
         for (at_ms, state, seen) in
@@ -136,11 +148,16 @@ mod tests {
             write(&mut writer, at_ms, state);
             assert_eq!(cell.get().lag_us, seen);
         }
+        writer.expire();
+        write(&mut writer, 132, "two");
+        assert_eq!((cell.get().lag_us, writer.latest().lag_us), (132, 132), "somebody has asked");
+        write(&mut writer, 133, "two");
+        assert_eq!(cell.get().lag_us, 132);
         let both = [lock(&cell.0[0]), lock(&cell.0[1])];
-        write(&mut writer, 151, "two");
+        write(&mut writer, 153, "two");
         drop(both);
-        assert_eq!(cell.get().lag_us, 131, "nothing has changed that it would wait for");
-        write(&mut writer, 171, "two");
-        assert_eq!(cell.get().lag_us, 171);
+        assert_eq!(cell.get().lag_us, 132, "nothing has changed that it would wait for");
+        write(&mut writer, 173, "two");
+        assert_eq!(cell.get().lag_us, 173);
     }
 }
