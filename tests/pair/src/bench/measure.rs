@@ -168,7 +168,7 @@ impl Neighbour {
         let options = lab.neighbour_options("dyad.run=shell", &disk);
         let mut vmm = lab.start(Side::B, &options)?;
         vmm.console.wait_for("# ", BOOT).with_context(|| vmm.log())?;
-        vmm.console.run("stress-ng --cpu 1 >/dev/null 2>&1 &", PATIENCE)?;
+        vmm.console.run("(stress-ng --cpu 1 >/dev/null 2>&1 &)", PATIENCE)?;
         vmm.api().put("vm.pause")?;
         Ok(Self(vmm))
     }

@@ -24,9 +24,9 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
          No backup on the same machine costs less than\nsuch a neighbour, so the ratio is to be compared with it: *of \
          that* is what remains for the lockstep itself. *Ceiling*: what the\nprocessors leave to any pair in lockstep \
          whose log, channel, acknowledgements and replay cost nothing.\n\n\
-         What the lockstep itself costs is processor time of the primary's process (records, the channel, digests, and a \
-         thread switch\nfor each piece of log and each acknowledgement; one between two processors takes 10 to 26 us here), \
-         and, where processors are idle, outputs that\nwait for the acknowledgement.\n\n\
+         What the lockstep itself costs is processor time (records, the channel, digests, and above all the thread \
+         switches that each\npiece of log and each acknowledgement take on both sides; to wake a thread on another processor is dear \
+         where processors are virtual, as here)\nand, where processors are idle, outputs that wait for the acknowledgement.\n\n\
          | work | ratio | beside another guest | of that | ceiling | primary's processor time | idle, protected |\n\
          | --- | --- | --- | --- | --- | --- | --- |"
     )?;
