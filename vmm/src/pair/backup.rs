@@ -223,6 +223,7 @@ impl Side for BackupSide {
             self.step(Input::Executed { point, position, digests_compared });
         }
         if let Some((device, failed)) = awaits {
+            self.catch_up();
             self.step(Input::AwaitsDisk { device, failed });
         }
     }

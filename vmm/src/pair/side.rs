@@ -466,7 +466,10 @@ mod tests {
 
         fn take(&mut self) {}
 
-        fn update_status(&mut self) {}
+        fn update_status(&mut self) {
+            let heard = self.core.machine.0.len() as u64;
+            self.core.status.update(boot_time(), "listening", |status| status.lag_us = heard);
+        }
     }
 
     #[test]
@@ -498,5 +501,23 @@ mod tests {
         side.take_inward();
         assert_eq!(side.core.machine.0, [Input::Heard(1), Input::Loaded(1), Input::Operator]);
         operator.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn whoever_looks_sees_how_things_stand_now() {
+        let mut side = SlowSide::new(0);
+        side.update_status();
+        side.step(Input::Operator);
+        let handle = side.core.handle.clone();
+        assert_eq!(handle.status.get().lag_us, 0, "that was before");
+        let looker = std::thread::spawn(move || (handle.status().lag_us, handle));
+        while side.core.inward.is_empty() {
+            std::thread::yield_now();
+        }
+        side.take_inward();
+        let (seen, handle) = looker.join().unwrap();
+        assert_eq!(seen, 1);
+        drop(side);
+        assert_eq!(handle.status().lag_us, 1, "the last one, of a thread that has ended");
     }
 }
