@@ -226,19 +226,27 @@ fn mount(options: &[&str], path: &Path) -> Result<()> {
 /// More than a file system of 40 MB holds, written in the background.
 const FILL: &str = "(dd if=/dev/urandom of=/data/noise bs=1M count=48; sync) 2>/dev/null & true";
 
+/// A story in which host b has its image on a file system of `size`.
+fn on_a_small_disk(
+    size: &str,
+    story: fn(&mut Pair, &Load, &SmallDisk, &Path) -> Result<()>,
+) -> Result<()> {
+    let lab = Lab::new()?;
+    let small = SmallDisk::mount(lab.directory().join("small"), size)?;
+    let image = small.0.join("b.raw");
+    std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
+    let mut pair = Pair::boot(lab)?;
+    let load = load(&pair, "full")?;
+    story(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
+    settle(pair, load, &image)
+}
+
 #[test]
 fn a_full_disk_of_the_backup_delays_it_and_is_told_until_there_is_room() -> Result<()> {
     if !met("a full disk under a mirrored backup", &NEEDS) {
         return Ok(());
     }
-    let lab = Lab::new()?;
-    let small = SmallDisk::mount(lab.directory().join("small"), "4M")?;
-    let image = small.0.join("b.raw");
-    std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
-    let mut pair = Pair::boot(lab)?;
-    let load = load(&pair, "full")?;
-    fill_and_make_room(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
-    settle(pair, load, &image)
+    on_a_small_disk("4M", fill_and_make_room)
 }
 
 fn fill_and_make_room(pair: &mut Pair, load: &Load, small: &SmallDisk, image: &Path) -> Result<()> {
@@ -282,14 +290,7 @@ fn a_backup_whose_disk_stays_full_is_given_up_and_made_again_when_there_is_room(
     if !met("a mirrored backup that is given up for its full disk", &NEEDS) {
         return Ok(());
     }
-    let lab = Lab::new()?;
-    let small = SmallDisk::mount(lab.directory().join("small"), "40M")?;
-    let image = small.0.join("b.raw");
-    std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
-    let mut pair = Pair::boot(lab)?;
-    let load = load(&pair, "sick")?;
-    give_up_and_come_back(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
-    settle(pair, load, &image)
+    on_a_small_disk("40M", give_up_and_come_back)
 }
 
 fn give_up_and_come_back(
