@@ -104,18 +104,14 @@ impl Lab {
     /// Options that make `dyad` boot the guest with disk, network and console.
     #[must_use]
     pub fn boot_options(&self, mode: &str) -> Vec<String> {
-        let mut options = self.machine_options(mode, &self.disk);
+        let mut options = self.options_without_network(mode, &self.disk);
         options.extend(["--net".to_owned(), format!("tap={TAP},mac={MAC}")]);
         options
     }
 
-    /// Options for a second guest beside it, on a disk of its own and with no network.
+    /// As [`Self::boot_options`], with `disk` and no network: for a second guest beside the first, too.
     #[must_use]
-    pub fn neighbour_options(&self, mode: &str, disk: &Disk) -> Vec<String> {
-        self.machine_options(mode, disk)
-    }
-
-    fn machine_options(&self, mode: &str, disk: &Disk) -> Vec<String> {
+    pub fn options_without_network(&self, mode: &str, disk: &Disk) -> Vec<String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let root = if self.programs.is_some() { "dyad.root=/dev/vdb" } else { "" };
         let programs = self

@@ -165,7 +165,7 @@ struct Neighbour(Vmm);
 impl Neighbour {
     fn boot(lab: &Lab) -> Result<Self> {
         let disk = Disk::create(lab.directory().join("neighbour.raw"), NEIGHBOUR_DISK_BYTES)?;
-        let options = lab.neighbour_options("dyad.run=shell", &disk);
+        let options = lab.options_without_network("dyad.run=shell", &disk);
         let mut vmm = lab.start(Side::B, &options)?;
         vmm.console.wait_for("# ", BOOT).with_context(|| vmm.log())?;
         vmm.console.run("(stress-ng --cpu 1 >/dev/null 2>&1 &)", PATIENCE)?;

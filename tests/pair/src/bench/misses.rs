@@ -17,16 +17,14 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
     writeln!(
         text,
         "### Why ratios were missed\n\n\
-         Primary, backup, client and host network share the {processors} processors of this machine, and their caches. Two \
-         figures tell what that alone costs.\n\
-         *Beside another guest*: the same work, unprotected, while a second guest that has nothing to do with it computes. \
-         Client and host\nnetwork then run where guests do, and what they leave in the caches a guest must fetch again. \
-         No backup on the same machine costs less than\nsuch a neighbour, so the ratio is to be compared with it: *of \
-         that* is what remains for the lockstep itself. *Ceiling*: what the\nprocessors leave to any pair in lockstep \
-         whose log, channel, acknowledgements and replay cost nothing.\n\n\
-         What the lockstep itself costs is processor time (records, the channel, digests, and above all the thread \
-         switches that each\npiece of log and each acknowledgement take on both sides; to wake a thread on another processor is dear \
-         where processors are virtual, as here)\nand, where processors are idle, outputs that wait for the acknowledgement.\n\n\
+         Primary, backup, client and host network share the {processors} processors of this machine. Two figures tell \
+         what that alone costs.\n\
+         *Beside another guest*: the same work, unprotected, while a second guest that has nothing to do with it computes; \
+         *of that* is the ratio\nover it, what remains for the lockstep itself. *Ceiling*: what the processors leave to \
+         any pair in lockstep whose log, channel,\nacknowledgements and replay cost nothing.\n\n\
+         The lockstep itself costs processor time on both sides (records, the channel, digests, a thread switch or more for \
+         each piece\nof log and each acknowledgement) and, where processors are idle, outputs that wait for the \
+         acknowledgement.\n\n\
          | work | ratio | beside another guest | of that | ceiling | primary's processor time | idle, protected |\n\
          | --- | --- | --- | --- | --- | --- | --- |"
     )?;
