@@ -563,6 +563,46 @@ fn written_through_a_write_completes_when_a_sync_begun_after_it_has_ended() {
 }
 
 #[test]
+fn a_flush_syncs_what_was_completed_since_the_last_sync_and_only_that() {
+    for kind in KINDS {
+        let file = image(8);
+        let (syncs, fail) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let (counted, failing) = (Arc::clone(&syncs), Arc::clone(&fail));
+        let faults = before(move |step| {
+            if step.kind == StepKind::Sync {
+                counted.fetch_add(1, Ordering::SeqCst);
+                if failing.swap(0, Ordering::SeqCst) > 0 {
+                    return Verdict::Fail(Errno::EIO);
+                }
+            }
+            Verdict::Go
+        });
+        let mut disk = Disk::start(&BlockOptions { faults, ..options(file.path(), kind) });
+        let synced = |times: u32| assert_eq!(syncs.swap(0, Ordering::SeqCst), times, "{kind:?}");
+        disk.ok(BlockOp::Flush);
+        synced(1); // who wrote to the image before is not known
+        disk.ok(read(0, 1));
+        disk.ok(BlockOp::Flush);
+        synced(0);
+        disk.ok(write(0, 1, 8));
+        fail.store(1, Ordering::SeqCst);
+        disk.failed(BlockOp::Flush);
+        synced(1);
+        disk.ok(BlockOp::Flush);
+        synced(1);
+        disk.back.set_write_through(true).unwrap();
+        disk.ok(write(0, 2, 8));
+        synced(1);
+        disk.ok(BlockOp::Flush);
+        synced(0);
+        disk.back.set_write_through(false).unwrap();
+        disk.ok(BlockOp::Discard { sector: 0, sectors: 1 });
+        disk.ok(BlockOp::Flush);
+        synced(1);
+    }
+}
+
+#[test]
 fn requests_from_before_the_start_are_tried_again_before_the_guest_is_told() {
     for kind in KINDS {
         let file = image(8);

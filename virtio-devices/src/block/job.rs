@@ -186,6 +186,11 @@ impl Job {
         self.stage == Stage::Sync
     }
 
+    /// Whether it does nothing else.
+    pub fn is_flush(&self) -> bool {
+        self.op == BlockOp::Flush
+    }
+
     /// The next step. What it points to stays where it is until the job is dropped or advanced.
     pub fn io(&mut self) -> Io<'_> {
         let (done, offset) = (self.done as usize, self.offset + self.done);

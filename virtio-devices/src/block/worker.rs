@@ -2,7 +2,7 @@
 //!
 //! The front half gives out together only what may be done in any order, so nothing here waits for anything
 //! but leave to begin. One thing is done once for many: a sync covers all that was written before it began, so those
-//! that ask for one while another runs share the next.
+//! that ask for one while another runs share the next, and a flush with nothing completed since the last needs none.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -42,11 +42,47 @@ pub(super) struct Queues {
     to_sync: Vec<Job>,
     /// Whether one is under way.
     syncing: bool,
+    unstable: Unstable,
     /// Those to be tried again some time later.
     later: Vec<Job>,
     /// When to try for the lock again.
     lock_at: Option<Instant>,
     lock_refused: bool,
+}
+
+/// How much was completed that a crash of the host could undo.
+#[derive(Debug)]
+struct Unstable {
+    /// Requests that were completed and not stable then. What is in the host's cache from before counts as one.
+    completed: u64,
+    /// How many of them the sync under way covers.
+    covered: u64,
+    /// How many are stable by now.
+    stable: u64,
+}
+
+impl Default for Unstable {
+    fn default() -> Self {
+        Self { completed: 1, covered: 0, stable: 0 }
+    }
+}
+
+impl Unstable {
+    fn completed(&mut self) {
+        self.completed += 1;
+    }
+
+    fn sync_begins(&mut self) {
+        self.covered = self.completed;
+    }
+
+    fn synced(&mut self) {
+        self.stable = self.covered;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.stable == self.completed
+    }
 }
 
 impl Queues {
@@ -139,10 +175,15 @@ impl Worker {
         if !self.may_begin() {
             return false;
         }
-        let (mut batch, mut failed) = (Vec::new(), false);
+        let (mut batch, mut ended) = (Vec::new(), false);
         while batch.len() < self.engine.room()
             && let Some(mut job) = self.queues.ready.pop_front()
         {
+            if job.is_flush() && self.queues.unstable.is_empty() {
+                self.advance(job, Ok(0));
+                ended = true;
+                continue;
+            }
             if job.wants_sync() {
                 self.queues.to_sync.push(job);
                 continue;
@@ -156,7 +197,7 @@ impl Worker {
                 }
                 Verdict::Fail(error) => {
                     self.advance(job, Err(error));
-                    failed = true;
+                    ended = true;
                 }
             }
         }
@@ -167,14 +208,15 @@ impl Worker {
             leader.with = std::mem::take(&mut self.queues.to_sync);
             if let Verdict::Fail(error) = self.image.verdict(&mut leader) {
                 self.advance_all(leader, Err(error));
-                failed = true;
+                ended = true;
             } else {
                 self.queues.syncing = true;
+                self.queues.unstable.sync_begins();
                 batch.push(leader);
             }
         }
         if batch.is_empty() {
-            return failed;
+            return ended;
         }
         self.engine.begin(batch);
         true
@@ -201,6 +243,9 @@ impl Worker {
         for (mut job, outcome) in finished {
             if job.wants_sync() {
                 self.queues.syncing = false;
+                if matches!(outcome, Outcome::Done(Ok(_))) {
+                    self.queues.unstable.synced();
+                }
             }
             match outcome {
                 Outcome::Refused => {
@@ -230,6 +275,9 @@ impl Worker {
     }
 
     fn end(&mut self, job: Job, result: Result<(), Errno>) {
+        if job.writes().is_some() && (result.is_err() || !job.wants_sync()) {
+            self.queues.unstable.completed();
+        }
         if let Err(error) = result {
             self.image.report(&job, error);
         }
@@ -282,5 +330,24 @@ impl Worker {
         if let Err(error) = self.bell.wait_at_most(timeout) {
             log::error!("disk {}: waiting failed: {error}", self.image.path.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_covers_what_was_completed_before_it_began() {
+        let mut unstable = Unstable::default();
+        assert!(!unstable.is_empty());
+        unstable.sync_begins();
+        unstable.completed();
+        unstable.synced();
+        assert!(!unstable.is_empty(), "completed while it ran");
+        unstable.sync_begins();
+        assert!(!unstable.is_empty(), "it may fail");
+        unstable.synced();
+        assert!(unstable.is_empty());
     }
 }

@@ -13,6 +13,7 @@ use hypervisor::{Anchor, Exit};
 use virtio_devices::BlockStatus;
 
 use super::disks::{DiskPlan, UnderWay};
+use super::gather::Gathering;
 use super::outgoing::{Outgoing, Outlet, Routed, route};
 use super::pacer::Pacer;
 use super::recorder::Recorder;
@@ -21,10 +22,6 @@ use crate::guest::{Guest, GuestError};
 
 /// Guest time between two digests of a recorded guest, in nanoseconds.
 const DIGEST_INTERVAL_NS: u64 = 500_000_000;
-/// An output has the log sent at once, but those that follow within this part of a quantum, a quarter of a millisecond,
-/// wait for its end or for the guest to sleep. Each piece of log costs several thread switches, on the processors that the
-/// guests need, and a busy service answers many clients in a row.
-const GATHER: u64 = 4;
 
 /// What the vCPU thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +52,7 @@ pub struct Live {
     /// Network devices, one for each batch of frames applied that they still hold some of.
     backlogged: Vec<u8>,
     next_flush_tsc: u64,
-    /// Execution point at which outputs made before it are sent on; `u64::MAX` if there are none.
-    outputs_due: u64,
-    /// Execution point until which outputs wait for others.
-    gathering_until: u64,
+    gathering: Gathering,
     /// What this side's disks had done for a guest that was not so far.
     early: Vec<Event>,
     /// Requests that this side's disks had begun when the guest went live here.
@@ -82,8 +76,7 @@ impl Live {
             throttle: Throttle::default(),
             backlogged: Vec::new(),
             next_flush_tsc: 0,
-            outputs_due: u64::MAX,
-            gathering_until: 0,
+            gathering: Gathering::default(),
             early: Vec::new(),
             inherited: BTreeSet::new(),
             strays: BTreeSet::new(),
@@ -203,7 +196,7 @@ impl Live {
         for event in std::mem::take(&mut self.early) {
             self.apply(guest, event)?;
         }
-        if guest.point().0 >= self.outputs_due {
+        if guest.point().0 >= self.gathering.due() {
             self.send_outputs(guest);
         }
         let throttle = self.recorder.as_ref().map_or(0.0, |r| r.throttle()).max(self.copy_throttle);
@@ -221,7 +214,7 @@ impl Live {
             self.flush();
             return Ok(Next::Wait(None));
         }
-        let until = self.anchor_due.min(self.outputs_due);
+        let until = self.anchor_due.min(self.gathering.due());
         let exit = guest.run(Some(ft::ExecutionPoint(until)))?;
         self.throttle.after_run(throttle, Instant::now);
         self.take_more(guest);
@@ -252,6 +245,7 @@ impl Live {
     fn fall_asleep(&mut self, guest: &Guest) -> Next {
         self.asleep = true;
         self.pacer.halted(guest.point().0);
+        self.gathering.sleeps(guest.point().0, self.pacer.quantum());
         // Without this the backup would stay a quantum behind for as long as the guest sleeps.
         self.record(guest, Entry::Mark);
         self.flush();
@@ -340,8 +334,8 @@ impl Live {
                 Ok(Some(end))
             }
             None => {
-                if outputs {
-                    self.gather(guest);
+                if outputs && self.gathering.made(point.0) {
+                    self.send_outputs(guest);
                 }
                 Ok(None)
             }
@@ -362,23 +356,14 @@ impl Live {
         }
     }
 
-    /// Sends outputs made here on, now or soon.
-    fn gather(&mut self, guest: &Guest) {
-        if guest.point().0 >= self.gathering_until {
-            self.send_outputs(guest);
-        } else {
-            self.outputs_due = self.gathering_until;
-        }
-    }
-
     fn send_outputs(&mut self, guest: &Guest) {
-        self.gathering_until = guest.point().0 + self.pacer.quantum() / GATHER;
+        self.gathering.sends(guest.point().0, self.pacer.quantum());
         self.flush();
     }
 
     /// Sends on what is collected: nothing waits while the guest stands still.
     pub fn flush(&mut self) {
-        self.outputs_due = u64::MAX;
+        self.gathering.sent();
         if let Some(recorder) = &mut self.recorder {
             recorder.flush();
         }

@@ -18,6 +18,7 @@
 //! as a record that both sides apply at the same execution point.
 
 pub mod disks;
+pub mod gather;
 pub mod inbox;
 pub mod live;
 pub mod outgoing;

@@ -43,7 +43,7 @@ pub trait Outlet: Send + Sync {
 /// An output: something the world can see, and from which a backup that takes over must not differ.
 #[derive(Debug)]
 pub enum Outgoing {
-    /// A request that changes a disk, or that a later request may rely on (flush).
+    /// A request that changes a disk.
     Block {
         /// Device index.
         device: u8,
@@ -110,16 +110,15 @@ pub enum Routed {
 }
 
 /// Classifies an effect. Disk reads pass at once: the front half holds them back behind writes they
-/// overlap with.
+/// overlap with. So do flushes, which are about nothing but what was completed before and show nobody anything.
 #[must_use]
 pub fn route(effect: MachineEffect) -> Routed {
     match effect {
         MachineEffect::Block { device, request } => match request.op {
-            BlockOp::Read { .. } => Routed::Block(device, request),
-            BlockOp::Write { .. }
-            | BlockOp::Flush
-            | BlockOp::Discard { .. }
-            | BlockOp::WriteZeroes { .. } => Routed::Output(Outgoing::Block { device, request }),
+            BlockOp::Read { .. } | BlockOp::Flush => Routed::Block(device, request),
+            BlockOp::Write { .. } | BlockOp::Discard { .. } | BlockOp::WriteZeroes { .. } => {
+                Routed::Output(Outgoing::Block { device, request })
+            }
         },
         MachineEffect::Frames { device, frames } => {
             Routed::Output(Outgoing::Frames { device, frames })
