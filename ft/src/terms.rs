@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Generation, PairId, clip};
 
 /// Version of the messages and of the log. Two sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// How a protected VM's disks are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -289,7 +289,10 @@ fn method(text: &mut String) -> Result<()> {
          whichever\n  is less; anything else that runs on the machine is in it. G: time of the thread that executes the guest, outside of the \
          kernel,\n  for its input and output is the primary's alone; unprotected or in the backup, whichever is less. Both per \
          second\n  unprotected. Waiting costs nothing in it, so it is rather too high than too low; but it takes the processor \
-         time of the\n  unprotected work as given, which a ratio above it would disprove. Clients wait in blocking calls; none polls.\n\
+         time of the\n  unprotected work as given. Clients wait in blocking calls; none polls.\n\
+         - A ratio above 1 means that protected work takes less of the host: outputs of a guest that never rests leave \
+         together,\n  up to a millisecond's at a time, while unprotected each leaves by itself, and the guest, the host's network and the \
+         client\n  have more to do for each.\n\
          - Failovers are measured on a guest with nothing but the ledger service, whose answers are checked against \
          the disk afterwards.\n\
          - The disk image is a file on the machine's own disk; `sync` in the guest is `fdatasync` on the host.\n\
