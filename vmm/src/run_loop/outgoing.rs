@@ -133,3 +133,25 @@ pub fn route(effect: MachineEffect) -> Routed {
         MachineEffect::Reset => Routed::Reset,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_requests_wait_at_the_gate_if_they_change_the_disk() {
+        let waits = |op| {
+            let effect = MachineEffect::Block { device: 1, request: BlockRequest { id: 7, op } };
+            match route(effect) {
+                Routed::Output(Outgoing::Block { device: 1, request }) if request.id == 7 => true,
+                Routed::Block(1, request) if request.id == 7 => false,
+                _ => panic!("not what the guest asked for"),
+            }
+        };
+        assert!(waits(BlockOp::Write { sector: 0, data: vec![0; 512].into() }));
+        assert!(waits(BlockOp::Discard { sector: 0, sectors: 1 }));
+        assert!(waits(BlockOp::WriteZeroes { sector: 0, sectors: 1, unmap: true }));
+        assert!(!waits(BlockOp::Read { sector: 0, len: 512 }));
+        assert!(!waits(BlockOp::Flush));
+    }
+}
