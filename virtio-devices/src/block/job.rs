@@ -186,7 +186,7 @@ impl Job {
         self.stage == Stage::Sync
     }
 
-    /// Whether it does nothing else.
+    /// Whether it is a sync and nothing else: the guest's flush, or [`Job::stable`].
     pub fn is_flush(&self) -> bool {
         self.op == BlockOp::Flush
     }

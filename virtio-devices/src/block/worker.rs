@@ -275,6 +275,7 @@ impl Worker {
     }
 
     fn end(&mut self, job: Job, result: Result<(), Errno>) {
+        // Not if it ends with a sync of its own that went well. What failed may be written in part.
         if job.writes().is_some() && (result.is_err() || !job.wants_sync()) {
             self.queues.unstable.completed();
         }
