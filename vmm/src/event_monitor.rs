@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rt_channel::{Receiver, Sender};
 use serde::Serialize;
 
 /// Events that may wait for a slow reader.
@@ -78,9 +78,9 @@ impl EventMonitor {
     }
 
     fn report(&self, event: Event) {
-        if let Some(reporter) = &self.0
-            && reporter.sender.try_send(Report::Event(event)).is_err()
-        {
+        let Some(reporter) = &self.0 else { return };
+        let room = reporter.sender.len() < MAX_WAITING;
+        if !room || reporter.sender.send(Report::Event(event)).is_err() {
             reporter.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -107,11 +107,11 @@ impl EventWriter {
 
     /// Writes to `file`.
     pub fn start(file: File) -> io::Result<Self> {
-        let (sender, receiver) = crossbeam_channel::bounded(MAX_WAITING);
+        let (sender, receiver) = rt_channel::unbounded();
         let reporter = Arc::new(Reporter { sender, dropped: AtomicU64::new(0) });
         let monitor = EventMonitor(Some(Arc::clone(&reporter)));
         let start = Instant::now();
-        let (running, done) = crossbeam_channel::bounded(0);
+        let (running, done) = rt_channel::unbounded();
         std::thread::Builder::new().name("events".to_owned()).spawn(move || {
             write_events(file, &receiver, &reporter.dropped, start);
             drop(running);
@@ -129,7 +129,7 @@ impl EventWriter {
 impl Drop for EventWriter {
     fn drop(&mut self) {
         if let Some(reporter) = &self.monitor.0 {
-            let _ = reporter.sender.send_timeout(Report::Stop, LAST_WORDS);
+            let _ = reporter.sender.send(Report::Stop);
         }
         // A reader that takes nothing keeps the thread; the process ends without it.
         let _: Result<(), _> = self.done.recv_timeout(LAST_WORDS);

@@ -13,13 +13,13 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
 use ft::primary::Input;
 use ft::status::Failover;
 use ft::{
     Capabilities, DiskMode, DiskReads, ExecutionPoint, FtStatus, Generation, PairId, PrimaryConfig,
     Search, Terms, Timing, Unequal,
 };
+use rt_channel::Sender;
 
 use crate::api::{ChosenSecurity, ControlError, FtEnableConfig, TcpUrl};
 use crate::config::VmConfig;
@@ -240,7 +240,7 @@ impl Protection {
             let what = "The arbiter cannot be used; both hosts must reach it".to_owned();
             ControlError { status: 500, chain: vec![what, reason] }
         })?;
-        let (answer, answered) = crossbeam_channel::bounded(1);
+        let (answer, answered) = rt_channel::bounded(1);
         let mut plan = self.0.lock();
         if plan.primary.as_ref().is_some_and(|primary| !primary.ended()) {
             let text = "the VM is protected already, or about to be";

@@ -63,7 +63,7 @@ impl Recording {
         let payload = Payload::read(&kernel, Some(&initramfs), &cmdline, MEMORY).unwrap();
         let payload = Arc::new(payload);
 
-        let (sender, events) = crossbeam_channel::unbounded();
+        let (sender, events) = rt_channel::unbounded();
         let sink = Arc::new(move |event| {
             let _ = sender.send(event);
         });

@@ -94,7 +94,7 @@ fn a_backup_with_a_busy_processor_slows_the_primary_only_while_it_is_busy() -> R
     let (mut above_since, mut longest, mut most_ms) = (None, Duration::ZERO, 0);
     while Instant::now() < until {
         let status = pair.status()?;
-        ensure!(status.state == "protected", "{status:?}");
+        ensure!(status.state == "protected", "{}", pair.describe());
         std::thread::sleep(SAMPLE);
         most_ms = most_ms.max(status.lag_us / 1000);
         if status.lag_us <= MAX_LAG_MS * 1000 {

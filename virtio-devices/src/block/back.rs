@@ -22,6 +22,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use nix::errno::Errno;
+use rt_channel::{Receiver, Sender};
 
 use super::copy::ImageCopy;
 use super::engine;
@@ -163,9 +164,9 @@ impl BlockOptions {
 pub struct BlockBack {
     image: Arc<Image>,
     io_uring: bool,
-    sender: mpsc::Sender<Submitted>,
+    sender: Sender<Submitted>,
     /// Until started.
-    receiver: Mutex<Option<mpsc::Receiver<Submitted>>>,
+    receiver: Mutex<Option<Receiver<Submitted>>>,
     started: AtomicBool,
     running: OnceLock<(JoinHandle<()>, EngineKind)>,
     latencies: Arc<Latencies>,
@@ -198,7 +199,7 @@ impl BlockBack {
             .map_err(|source| BlockBackError::Thread { path: options.path.clone(), source })?;
         let bell = Arc::new(bell);
         let image = Image::open(options, Arc::new(Valve::new(Arc::clone(&bell))))?;
-        let (sender, receiver) = mpsc::channel();
+        let (sender, receiver) = rt_channel::unbounded();
         Ok(Self {
             image: Arc::new(image),
             io_uring: options.io_uring,
@@ -294,7 +295,7 @@ impl BlockBack {
         &self.latencies
     }
 
-    /// Queues a request. It is executed once the disk is started. Takes no lock.
+    /// Queues a request. It is executed once the disk is started.
     pub fn submit(&self, request: BlockRequest) {
         let patient = !self.started.load(Ordering::Acquire);
         self.queue(request, patient);
@@ -363,7 +364,7 @@ impl Drop for BlockBack {
             self.halt();
         }
         // The thread ends when its channel is closed and empty.
-        let (closed, _) = mpsc::channel();
+        let (closed, _) = rt_channel::unbounded();
         self.sender = closed;
         self.bell.ring();
         if let Some((thread, _)) = self.running.take()

@@ -7,10 +7,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use rt_channel::Receiver;
 
 use super::back::{BlockBackError, CompletionSink, Submitted};
 use super::engine::{Engine, Outcome};

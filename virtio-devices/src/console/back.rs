@@ -185,7 +185,7 @@ impl ConsoleBack {
         Ok(())
     }
 
-    /// Queues output. Before the start it is kept. Takes no lock.
+    /// Queues output. Before the start it is kept.
     pub fn output(&self, bytes: &[u8]) {
         if self.mode == ConsoleMode::Null {
             return;

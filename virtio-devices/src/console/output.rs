@@ -1,9 +1,8 @@
-//! Output on its way to a console: a queue of bounded size that whoever runs the guest fills without a
-//! lock, so that it never waits for a thread which writes to a slow terminal.
+//! Output on its way to a console: a queue of bounded size. Whoever runs the guest fills it and never waits for a slow
+//! terminal: it is locked only as long as a piece is put in or taken out.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use crossbeam_queue::SegQueue;
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What may wait, in bytes of memory.
 pub(super) const OUTPUT_MAX: usize = 4 << 20;
@@ -13,9 +12,12 @@ const PIECE_COST: usize = 64;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub(super) struct Output {
-    pieces: SegQueue<Vec<u8>>,
-    cost: AtomicUsize,
+pub(super) struct Output(Mutex<Pieces>);
+
+#[derive(Debug, Default)]
+struct Pieces {
+    queue: VecDeque<Vec<u8>>,
+    cost: usize,
 }
 
 impl Output {
@@ -23,20 +25,31 @@ impl Output {
     pub fn push(&self, bytes: &[u8]) {
         let newest = bytes.len().saturating_sub(OUTPUT_MAX - PIECE_COST);
         let piece = bytes[newest..].to_vec();
-        self.cost.fetch_add(cost(&piece), Ordering::Relaxed);
-        self.pieces.push(piece);
-        while self.cost.load(Ordering::Relaxed) > OUTPUT_MAX && self.take().is_some() {}
+        let mut pieces = self.lock();
+        pieces.cost += cost(&piece);
+        pieces.queue.push_back(piece);
+        while pieces.cost > OUTPUT_MAX && pieces.take().is_some() {}
     }
 
     /// The oldest piece.
     pub fn take(&self) -> Option<Vec<u8>> {
-        let piece = self.pieces.pop()?;
-        self.cost.fetch_sub(cost(&piece), Ordering::Relaxed);
-        Some(piece)
+        self.lock().take()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
+        self.lock().queue.is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pieces> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pieces {
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let piece = self.queue.pop_front()?;
+        self.cost -= cost(&piece);
+        Some(piece)
     }
 }
 
@@ -69,6 +82,6 @@ mod tests {
         let kept: Vec<u8> = std::iter::from_fn(|| output.take()).flatten().collect();
         assert_eq!(kept.len(), OUTPUT_MAX / (PIECE_COST + 1));
         assert_eq!(kept.last(), Some(&u8::MAX));
-        assert_eq!(output.cost.load(Ordering::Relaxed), 0);
+        assert_eq!(output.lock().cost, 0);
     }
 }

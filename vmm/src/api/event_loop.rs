@@ -1,6 +1,6 @@
 //! The control thread's loop: takes calls, signals and the guest's own end one after the other.
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use rt_channel::{Receiver, Sender, unbounded};
 
 use super::control::{Control, ControlError, VmEnd};
 use super::dispatch::{Next, delete, dispatch};
@@ -48,7 +48,7 @@ impl Inbox {
 
     /// Has the control thread execute a call and waits for the answer.
     pub fn call(&self, call: Call) -> Response {
-        let (sender, receiver) = crossbeam_channel::bounded(1);
+        let (sender, receiver) = rt_channel::bounded(1);
         let answer = match self.0.send(Message::Call(call, sender)) {
             Ok(()) => receiver.recv().ok(),
             Err(_) => None,
@@ -83,7 +83,7 @@ impl EventLoop {
 
     /// Runs until the VMM is to end. `events` is told what happens to the VM.
     pub fn run(&self, control: &mut dyn Control, events: &EventMonitor) -> Result<(), LoopError> {
-        for message in &self.receiver {
+        while let Ok(message) = self.receiver.recv() {
             match message {
                 Message::Call(call, answer) => {
                     let (response, next) = dispatch(call, control, events);

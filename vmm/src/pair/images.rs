@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender};
 use ft::message::DISK_HASH_BYTES;
+use rt_channel::{Receiver, Sender};
 
 use super::clone::disks::{Hasher, block};
 use crate::backends::DiskImage;
@@ -72,7 +72,7 @@ impl Images {
         disks: Vec<DiskImage>,
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Self, String> {
-        let (jobs, waiting) = crossbeam_channel::bounded(WAITING);
+        let (jobs, waiting) = rt_channel::bounded(WAITING);
         let over = Arc::new(AtomicBool::new(false));
         let worker = Worker { disks, hasher: Hasher::new(), over: Arc::clone(&over) };
         let thread = std::thread::Builder::new().name("images".into());
@@ -99,7 +99,7 @@ impl Images {
 
     /// Waits until all that was asked for is done, or has failed, which has been told then.
     pub fn settle(&self) {
-        let (done, settled) = crossbeam_channel::bounded(1);
+        let (done, settled) = rt_channel::bounded(1);
         self.job(Job::Barrier(done));
         let _ = settled.recv();
     }
@@ -119,7 +119,7 @@ impl Drop for Images {
     /// The images are closed after this, and their locks gone.
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        let (closed, _) = crossbeam_channel::bounded(0);
+        let (closed, _) = rt_channel::unbounded();
         self.jobs = closed;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -138,7 +138,7 @@ struct Worker {
 impl Worker {
     fn run(mut self, jobs: &Receiver<Job>, tell: &dyn Fn(Told)) {
         let mut failed = false;
-        for job in jobs {
+        while let Ok(job) = jobs.recv() {
             if let Job::Barrier(done) = job {
                 let _ = done.send(());
                 continue;
@@ -256,7 +256,7 @@ mod tests {
 
     /// Copies the disk of `source` to `images` as the ft threads would; gives the bytes copied, or why not.
     fn copy(ours: &Path, theirs: &Path, read_only: bool) -> Result<u64, String> {
-        let (told, answers) = crossbeam_channel::unbounded();
+        let (told, answers) = rt_channel::unbounded();
         let tell = move |what| drop(told.send(what));
         let images = Images::start(vec![disk(theirs, read_only)], tell).unwrap();
         let (way, out) = way(Arc::new(EventFd::new(0).unwrap()));
@@ -281,7 +281,7 @@ mod tests {
                         other => panic!("{}", other.name()),
                     }
                 }
-                for told in answers.try_iter() {
+                while let Ok(told) = answers.try_recv() {
                     match told {
                         Told::Compared { disk, first, differing } => {
                             assert!(out.compared(Compared { disk, first, differing }));
@@ -362,7 +362,7 @@ mod tests {
         ];
         let (image, other) = (image(|_| 5), image(|_| 6));
         for bad in bad {
-            let (told, answers) = crossbeam_channel::unbounded();
+            let (told, answers) = rt_channel::unbounded();
             let disks = vec![disk(image.path(), false), disk(other.path(), true)];
             let images = Images::start(disks, move |what| drop(told.send(what))).unwrap();
             bad(&images);

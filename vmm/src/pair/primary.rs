@@ -5,16 +5,17 @@
 //! protection, when the last outputs must not be overtaken.
 
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ft::primary::{Action, Input};
 use ft::status::{Failover, FtStatus};
 use ft::{
     Arbiter, ExecutionPoint, Generation, LogPosition, OutputGate, Primary, PrimaryConfig, Unequal,
 };
 use hypervisor::GuestMemory;
+use rt_channel::{Receiver, Sender};
 
 use super::boot_time;
 use super::clone::way::{CloneProgress, Compared, WayOut, way};
@@ -87,7 +88,7 @@ impl PrimaryThread {
     /// Greets the backup, copies and protects, all in the background: the observer hears of it.
     pub fn start(parts: PrimaryParts) -> Result<Self, String> {
         let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
-        let (flush_sender, flushes) = crossbeam_channel::unbounded();
+        let (flush_sender, flushes) = rt_channel::unbounded();
         let mut actions = Vec::new();
         let max_held_bytes = parts.config.terms.log_buffer_bytes;
         let plan = DiskPlan::of(&parts.config.terms);
@@ -119,7 +120,7 @@ impl PrimaryThread {
             lease: None,
         };
         let handle = side.core.handle.clone();
-        let (running, done) = crossbeam_channel::bounded(0);
+        let (running, done) = rt_channel::unbounded();
         std::thread::Builder::new()
             .name("ft-primary".into())
             .spawn(move || {
@@ -443,7 +444,7 @@ impl PrimarySide {
         if let Err(error) = self.outlet.set_write_through(false) {
             log::warn!("{error}");
         }
-        let (draining, drained) = crossbeam_channel::bounded::<()>(0);
+        let (draining, drained) = rt_channel::unbounded::<()>();
         self.inbox.send(run_loop::Message::Command(Command::StopRecording { drained }));
         let outlet = Arc::clone(&self.outlet);
         self.gate.release(boot_time(), LogPosition(u64::MAX), |_, outgoing| {

@@ -9,8 +9,8 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender};
 use ft::{Arbiter, Claim, FtStatus, Generation, Message, PairId};
+use rt_channel::{Receiver, Sender};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::Link;
@@ -127,7 +127,7 @@ impl<M: Machine> Clone for Handle<M> {
 impl<M: Machine> Handle<M> {
     /// Asks for something. Returns when it is under way.
     pub(super) fn ask(&self, input: M::Input) -> Result<(), String> {
-        let (reply, answer) = crossbeam_channel::bounded(1);
+        let (reply, answer) = rt_channel::bounded(1);
         let gone = || M::ENDED.to_owned();
         self.inward.send(Inward::Asked(input, reply)).map_err(|_| gone())?;
         let _ = self.waker.write(1);
@@ -147,7 +147,7 @@ impl<M: Machine> Handle<M> {
 
     /// What the operator is shown: as it is now, or, if the thread is busy for long, as it was last.
     pub(super) fn status(&self) -> FtStatus {
-        let (reply, answer) = crossbeam_channel::bounded(1);
+        let (reply, answer) = rt_channel::bounded(1);
         if self.inward.send(Inward::Looked(reply)).is_ok() {
             let _ = self.waker.write(1);
             if let Ok(status) = answer.recv_timeout(LOOK_TIMEOUT) {
@@ -176,7 +176,7 @@ impl<M: Machine> Core<M> {
     pub(super) fn new(machine: M, wire: Wire, actions: Vec<M::Action>) -> std::io::Result<Self> {
         let status = StatusWriter::default();
         let waker = Arc::new(EventFd::new(libc::EFD_NONBLOCK)?);
-        let (sender, inward) = crossbeam_channel::unbounded();
+        let (sender, inward) = rt_channel::unbounded();
         Ok(Self {
             machine,
             link: Link::new(wire),
@@ -492,7 +492,7 @@ mod tests {
         let mut side = SlowSide::new(1);
         let handle = side.core.handle.clone();
         let operator = std::thread::spawn(move || handle.ask(Input::Operator));
-        while side.core.inward.is_empty() {
+        while side.core.handle.inward.is_empty() {
             std::thread::yield_now();
         }
         side.peer_speaks();
@@ -511,7 +511,7 @@ mod tests {
         let handle = side.core.handle.clone();
         assert_eq!(handle.status.get().lag_us, 0, "that was before");
         let looker = std::thread::spawn(move || (handle.status().lag_us, handle));
-        while side.core.inward.is_empty() {
+        while side.core.handle.inward.is_empty() {
             std::thread::yield_now();
         }
         side.take_inward();

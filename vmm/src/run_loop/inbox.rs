@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender};
 use hypervisor::Kick;
+use rt_channel::{Receiver, Sender};
 
 /// Sends to one vCPU thread.
 pub struct InboxSender<T> {
@@ -33,23 +33,11 @@ impl<T> InboxSender<T> {
     pub fn post(&self, message: T) -> bool {
         self.sender.send(message).is_ok()
     }
-
-    /// Messages not yet looked at.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.sender.len()
-    }
-
-    /// Whether everything has been looked at.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.sender.is_empty()
-    }
 }
 
 /// An inbox for the vCPU that `kicker` kicks.
 #[must_use]
 pub fn inbox<T>(kicker: Arc<dyn Kick>) -> (InboxSender<T>, Receiver<T>) {
-    let (sender, receiver) = crossbeam_channel::unbounded();
+    let (sender, receiver) = rt_channel::unbounded();
     (InboxSender { sender, kicker }, receiver)
 }

@@ -32,8 +32,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
 use ft::{Control, Event, ExecutionPoint};
+use rt_channel::{Receiver, Sender};
 
 use crate::api::Counters;
 use crate::device_tree::DeviceTree;
@@ -261,7 +261,7 @@ pub fn ask<T>(
     inbox: &InboxSender<Message>,
     command: impl FnOnce(Reply<T>) -> Command,
 ) -> Result<T, CommandError> {
-    let (reply, answer) = crossbeam_channel::bounded(1);
+    let (reply, answer) = rt_channel::bounded(1);
     inbox.send(Message::Command(command(reply)));
     answer.recv().unwrap_or(Err(CommandError::Stopped))
 }

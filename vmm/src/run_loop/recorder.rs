@@ -1,15 +1,15 @@
 //! The writing end of the log: turns what happens to the guest into records, on the vCPU thread.
 //!
 //! Records and outputs are collected and handed to the ft thread in one piece at each flush, so that the
-//! run loop takes no lock and the ft thread is woken once. The ft thread answers through a few atomics
+//! run loop takes a lock, and the ft thread is woken, once for many. The ft thread answers through a few atomics
 //! ([`Feedback`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
 use ft::{Digest, Encoder, Entry, Event, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
+use rt_channel::Sender;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disks::{DiskPlan, RecordedDisks, Unread};

@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, unbounded};
 use ft::Event;
 use nix::errno::Errno;
 use recording::{guest, record, replay, run};
+use rt_channel::{Receiver, unbounded};
 use tempfile::NamedTempFile;
 use virtio_devices::block::back::{
     BlockBack, BlockOptions, CompletionSink, Faults, Step, StepKind, Verdict,
@@ -295,7 +295,7 @@ fn requests_outstanding_at_a_failover_are_issued_again_and_never_reported_as_err
     let completed = Arc::new(Mutex::new(BTreeSet::new()));
     let seen = Arc::clone(&completed);
     let watch = std::thread::spawn(move || {
-        for event in events {
+        while let Ok(event) = events.recv() {
             if let Event::DiskCompletion { request, status, .. } = &event {
                 assert_eq!(*status, BlockStatus::Ok.byte(), "request {request}");
                 seen.lock().unwrap().insert(*request);

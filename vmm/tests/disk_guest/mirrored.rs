@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Receiver;
 use ft::{Decoder, Entry, Event, ExecutionPoint};
 use nix::errno::Errno;
+use rt_channel::Receiver;
 use tempfile::NamedTempFile;
 use virtio_devices::block::back::{Faults, Step, StepKind, Verdict};
 use virtio_devices::{BlockOp, BlockStatus};

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use ft::{Digest, Event, ExecutionPoint, LogPosition, OutputGate, PageHashes, Unequal};
 use nix::errno::Errno;
+use rt_channel::{Receiver, Sender, unbounded};
 use virtio_devices::block::back::{Faults, Step, StepKind, Verdict};
 use vmm::guest::Guest;
 use vmm::run_loop::disks::{DiskPlan, FollowedDisks};
@@ -91,7 +91,7 @@ fn primary(
         next = live.advance(guest).unwrap();
         feedback.executed(executed());
         gate.executed(executed());
-        for message in flushes.try_iter() {
+        while let Ok(message) = flushes.try_recv() {
             let FromVcpu::Flush(flush) = message else { panic!("a hand-over without a pair") };
             log.send(flush.bytes).unwrap();
             for HeldOutput { number, position, behind, outgoing, .. } in flush.outputs {
@@ -251,7 +251,7 @@ fn a_read_completed_for_the_guest_before_it_went_live_is_nothing_to_it_when_the_
     std::thread::scope(|scope| {
         let (strays, events) = (&mut strays, &events);
         scope.spawn(move || {
-            for event in events {
+            while let Ok(event) = events.recv() {
                 if let Event::DiskCompletion { request, .. } = &event {
                     strays.remove(request);
                 }

@@ -4,9 +4,9 @@ use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crossbeam_channel::Receiver;
 use ft::{Digest, Event, ExecutionPoint, LogPosition, PageHashes, Unequal};
 use hypervisor::soft::SoftHypervisor;
+use rt_channel::Receiver;
 use vmm::boot::Payload;
 use vmm::config::VmConfig;
 use vmm::guest::Guest;
@@ -76,7 +76,7 @@ pub fn record_as(
     log: &mut impl Write,
     mut stop: impl FnMut(&Guest) -> bool,
 ) -> (Digest, ExecutionPoint) {
-    let (sink, flushes) = crossbeam_channel::unbounded();
+    let (sink, flushes) = rt_channel::unbounded();
     let waker = Arc::new(EventFd::new(0).unwrap());
     let feedback = Arc::new(Feedback::default());
     let recorder = Recorder::new(guest.point(), sink, waker, Arc::clone(&feedback)).with_plan(plan);
@@ -84,7 +84,7 @@ pub fn record_as(
     live.start_recording(guest, Box::new(recorder));
     // Written is acknowledged here: outputs leave after their records are in the file.
     let mut flush = |release: bool| {
-        for message in flushes.try_iter() {
+        while let Ok(message) = flushes.try_recv() {
             let FromVcpu::Flush(flush) = message else { panic!("a hand-over without a pair") };
             log.write_all(&flush.bytes).unwrap();
             for held in flush.outputs.into_iter().filter(|_| release) {
@@ -122,7 +122,8 @@ impl ReplayObserver for Judge {
 /// Replays `log` to its end, in pieces as a network would deliver them. True if the guest powered off there. The
 /// number is of digests that were equal.
 pub fn replay(guest: &mut Guest, log: impl Read) -> (Replay, bool, u64) {
-    replay_with(guest, log, FollowedDisks::none(), &crossbeam_channel::never())
+    let (_silent, nothing) = rt_channel::unbounded();
+    replay_with(guest, log, FollowedDisks::none(), &nothing)
 }
 
 /// As [`replay`], by a side that works with disks itself; `events` is what they have done.

@@ -1,11 +1,12 @@
 //! The clone thread's way to the ft thread, which owns the socket, and what others see of the copy.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::TrySendError;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
 use ft::Message;
 use ft::status::{CloneDisk, CloneStatus};
+use rt_channel::{Receiver, Sender};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disks::{WINDOWS_UNDER_WAY, shown};
@@ -91,9 +92,9 @@ pub struct WayOut {
 /// Makes the two ends. `waker` wakes the ft thread.
 #[must_use]
 pub fn way(waker: Arc<EventFd>) -> (Way, WayOut) {
-    let (steps, steps_out) = crossbeam_channel::bounded(WAITING_STEPS);
-    let (answered, answers) = crossbeam_channel::bounded(1);
-    let (compared_in, compared) = crossbeam_channel::bounded(WINDOWS_UNDER_WAY);
+    let (steps, steps_out) = rt_channel::bounded(WAITING_STEPS);
+    let (answered, answers) = rt_channel::bounded(1);
+    let (compared_in, compared) = rt_channel::bounded(WINDOWS_UNDER_WAY);
     let shared = Arc::new(Shared::default());
     let out =
         WayOut { steps: steps_out, shared: Arc::clone(&shared), answered, compared: compared_in };
