@@ -8,6 +8,8 @@
 //! peer or a file holds: it never panics, and holds at most what it was given and
 //! [`MAX_RECORD_BYTES`] more.
 
+use std::collections::VecDeque;
+
 use crate::{Entry, ExecutionPoint, LogPosition, Record};
 
 /// The longest record, without its length prefix. An encoder refuses to write a longer one, a decoder
@@ -197,7 +199,9 @@ fn take_leb128(bytes: &[u8], max: usize) -> Result<Option<(u64, usize)>, ()> {
 pub struct Decoder {
     point: ExecutionPoint,
     position: LogPosition,
-    buffer: Vec<u8>,
+    /// As they came, so that a long log that waits is not moved again and again.
+    pieces: VecDeque<Vec<u8>>,
+    /// How much of the first piece has been read.
     read: usize,
     failed: bool,
 }
@@ -205,20 +209,12 @@ pub struct Decoder {
 impl Decoder {
     /// A log that starts at `point`, at position 0.
     pub fn new(point: ExecutionPoint) -> Self {
-        Self { point, position: LogPosition(0), buffer: Vec::new(), read: 0, failed: false }
+        Self { point, position: LogPosition(0), pieces: VecDeque::new(), read: 0, failed: false }
     }
 
-    /// Adds bytes. Call [`Decoder::next_record`] until it returns `None` before adding more: that
-    /// bounds what is held.
-    pub fn push(&mut self, bytes: &[u8]) {
-        if self.read == self.buffer.len() {
-            self.buffer.clear();
-            self.read = 0;
-        } else if self.read >= 1 << 16 {
-            self.buffer.drain(..self.read);
-            self.read = 0;
-        }
-        self.buffer.extend_from_slice(bytes);
+    /// Adds bytes. Whoever pushes bounds what is held.
+    pub fn push(&mut self, piece: Vec<u8>) {
+        self.pieces.push_back(piece);
     }
 
     /// Where the record returned last ends.
@@ -229,7 +225,7 @@ impl Decoder {
     /// Bytes held that no record was made of yet. Senders cut the log at ends of records, so 0 when
     /// [`Decoder::next_record`] has returned `None`, unless the sender is damaged.
     pub fn pending_bytes(&self) -> usize {
-        self.buffer.len() - self.read
+        self.pieces.iter().map(Vec::len).sum::<usize>() - self.read
     }
 
     /// The next whole record and the position at which it ends. After an error nothing more can be
@@ -244,31 +240,56 @@ impl Decoder {
     }
 
     fn decode(&mut self) -> Result<Option<(Record, LogPosition)>, CodecError> {
-        let at = self.position.0;
-        let rest = &self.buffer[self.read..];
-        let Some((length, prefix)) =
-            take_leb128(rest, 4).map_err(|()| CodecError::BadLength { at })?
-        else {
-            return Ok(None);
-        };
-        let length = length as usize;
-        if length == 0 || length > MAX_RECORD_BYTES {
-            return Err(CodecError::BadLength { at });
+        while let Some(first) = self.pieces.front_mut() {
+            if let Some((distance, entry, length)) =
+                take_record(&first[self.read..], self.position)?
+            {
+                let at = self.position.0;
+                let point = self.point.0.checked_add(distance);
+                self.point = ExecutionPoint(point.ok_or(CodecError::BadPoint { at })?);
+                self.read += length;
+                self.position.0 += length as u64;
+                return Ok(Some((Record { point: self.point, entry }, self.position)));
+            }
+            first.drain(..self.read);
+            self.read = 0;
+            if first.is_empty() {
+                self.pieces.pop_front();
+                continue;
+            }
+            // A record that was cut in two.
+            let Some(mut second) = self.pieces.remove(1) else { return Ok(None) };
+            self.pieces[0].append(&mut second);
         }
-        let Some(body) = rest.get(prefix..prefix + length) else { return Ok(None) };
-        let (distance, used) = match take_leb128(body, 10) {
-            Ok(Some(found)) => found,
-            Ok(None) | Err(()) => return Err(CodecError::BadPoint { at }),
-        };
-        let point = self.point.0.checked_add(distance).ok_or(CodecError::BadPoint { at })?;
-        let (entry, left) = postcard::take_from_bytes::<Entry>(&body[used..])
-            .map_err(|source| CodecError::BadEntry { at, source })?;
-        if !left.is_empty() {
-            return Err(CodecError::BadLength { at });
-        }
-        self.read += prefix + length;
-        self.position.0 += (prefix + length) as u64;
-        self.point = ExecutionPoint(point);
-        Ok(Some((Record { point: self.point, entry }, self.position)))
+        Ok(None)
     }
+}
+
+/// The distance from the point before, the entry and the length of the record with which `bytes` begin; `None` if it is
+/// not whole.
+fn take_record(
+    bytes: &[u8],
+    position: LogPosition,
+) -> Result<Option<(u64, Entry, usize)>, CodecError> {
+    let at = position.0;
+    let Some((length, prefix)) =
+        take_leb128(bytes, 4).map_err(|()| CodecError::BadLength { at })?
+    else {
+        return Ok(None);
+    };
+    let length = length as usize;
+    if length == 0 || length > MAX_RECORD_BYTES {
+        return Err(CodecError::BadLength { at });
+    }
+    let Some(body) = bytes.get(prefix..prefix + length) else { return Ok(None) };
+    let (distance, used) = match take_leb128(body, 10) {
+        Ok(Some(found)) => found,
+        Ok(None) | Err(()) => return Err(CodecError::BadPoint { at }),
+    };
+    let (entry, left) = postcard::take_from_bytes::<Entry>(&body[used..])
+        .map_err(|source| CodecError::BadEntry { at, source })?;
+    if !left.is_empty() {
+        return Err(CodecError::BadLength { at });
+    }
+    Ok(Some((distance, entry, prefix + length)))
 }

@@ -82,7 +82,7 @@ proptest! {
         while !rest.is_empty() {
             let (piece, after) = rest.split_at(rest.len().min(*pieces.next().expect("cycles")));
             rest = after;
-            decoder.push(piece);
+            decoder.push(piece.to_vec());
             while let Some(found) = decoder.next_record().expect("a sound log") {
                 read.push(found);
             }
@@ -95,11 +95,11 @@ proptest! {
     #[test]
     fn garbage_never_panics_and_ends_the_log(garbage in vec(any::<u8>(), 0..2000)) {
         let mut decoder = Decoder::new(ExecutionPoint(0));
-        decoder.push(&garbage);
+        decoder.push(garbage);
         while let Ok(Some(_)) = decoder.next_record() {}
         let pending = decoder.pending_bytes();
         if decoder.next_record().is_err() {
-            decoder.push(&[1, 0, 4]);
+            decoder.push(vec![1, 0, 4]);
             prop_assert!(decoder.next_record().is_err(), "a damaged log cannot heal");
             prop_assert_eq!(decoder.pending_bytes(), pending + 3);
         }
@@ -112,7 +112,7 @@ proptest! {
             let at = at.index(bytes.len());
             bytes[at] ^= 1u8 << bit;
             let mut decoder = Decoder::new(ExecutionPoint(0));
-            decoder.push(&bytes);
+            decoder.push(bytes);
             while let Ok(Some(_)) = decoder.next_record() {}
         }
     }
@@ -165,7 +165,7 @@ fn a_record_of_the_largest_size_passes() {
     let record = Record { point: ExecutionPoint(3), entry: Entry::Event(event) };
     let (bytes, ends) = encode(std::slice::from_ref(&record));
     let mut decoder = Decoder::new(ExecutionPoint(0));
-    decoder.push(&bytes);
+    decoder.push(bytes);
     assert_eq!(decoder.next_record(), Ok(Some((record, ends[0]))));
 }
 
@@ -173,11 +173,11 @@ fn a_record_of_the_largest_size_passes() {
 fn a_length_out_of_range_is_refused_before_its_bytes_come() {
     for length in [[0x80, 0x80, 0x80, 0x7f], [0xff, 0xff, 0xff, 0xff]] {
         let mut decoder = Decoder::new(ExecutionPoint(0));
-        decoder.push(&length);
+        decoder.push(length.to_vec());
         assert_eq!(decoder.next_record(), Err(CodecError::BadLength { at: 0 }));
     }
     let mut decoder = Decoder::new(ExecutionPoint(0));
-    decoder.push(&[0]);
+    decoder.push(vec![0]);
     assert_eq!(decoder.next_record(), Err(CodecError::BadLength { at: 0 }));
 }
 
@@ -196,6 +196,6 @@ fn many_empty_frames_do_not_fill_memory() {
     ];
     bytes.extend_from_slice(&body);
     let mut decoder = Decoder::new(ExecutionPoint(0));
-    decoder.push(&bytes);
+    decoder.push(bytes);
     assert!(matches!(decoder.next_record(), Err(CodecError::BadEntry { .. })));
 }

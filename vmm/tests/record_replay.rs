@@ -150,7 +150,7 @@ fn echo(bytes: usize) {
 /// The longest frame and the largest batch of the log.
 fn largest_received(log: &Path) -> (usize, usize) {
     let mut decoder = ft::Decoder::new(ExecutionPoint(0));
-    decoder.push(&std::fs::read(log).unwrap());
+    decoder.push(std::fs::read(log).unwrap());
     let (mut longest, mut most) = (0, 0);
     while let Some((record, _)) = decoder.next_record().unwrap() {
         if let ft::Entry::Event(Event::Frames { frames, .. }) = record.entry {

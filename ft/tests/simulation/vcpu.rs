@@ -267,7 +267,7 @@ impl World {
                 return Ok(Some(next));
             }
             match node.log.pop_front() {
-                Some(bytes) => node.decoder.push(&bytes),
+                Some(bytes) => node.decoder.push(bytes),
                 None => return Ok(None),
             }
         }

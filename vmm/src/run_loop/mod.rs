@@ -372,7 +372,7 @@ impl RunLoop {
             Message::Event(event) => self.event(event)?,
             Message::Log { bytes, received } => {
                 if let Driver::Replay(replay) = &mut self.driver {
-                    replay.receive(&bytes, received);
+                    replay.receive(bytes, received);
                 }
             }
             Message::Command(Command::Quit) => return Ok(Flow::Quit),

@@ -98,7 +98,7 @@ impl Replay {
     }
 
     /// Takes the next bytes of the log, which came at `received`.
-    pub fn receive(&mut self, bytes: &[u8], received: Instant) {
+    pub fn receive(&mut self, bytes: Vec<u8>, received: Instant) {
         self.last_log = received;
         self.log.push(bytes);
     }

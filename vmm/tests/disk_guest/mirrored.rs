@@ -20,7 +20,7 @@ use crate::{DEVICE, Flaky, OneDisk, Setup, image};
 /// Completions in a log: how many have failed, and how many have data.
 fn completions(log: &[u8]) -> (usize, usize) {
     let mut decoder = Decoder::new(ExecutionPoint(0));
-    decoder.push(log);
+    decoder.push(log.to_vec());
     let (mut failed, mut shipped) = (0, 0);
     while let Some((record, _)) = decoder.next_record().unwrap() {
         if let Entry::Event(Event::DiskCompletion { status, data, .. }) = record.entry {
@@ -81,7 +81,7 @@ fn what_failed_on_the_primary_is_applied_as_failed_and_doubtful_data_is_shipped(
 /// Where each completion of a log ends.
 fn ends(log: &[u8]) -> Vec<usize> {
     let mut decoder = Decoder::new(ExecutionPoint(0));
-    decoder.push(log);
+    decoder.push(log.to_vec());
     let mut ends = Vec::new();
     while let Some((record, position)) = decoder.next_record().unwrap() {
         if let Entry::Event(Event::DiskCompletion { .. }) = record.entry {

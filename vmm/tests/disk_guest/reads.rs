@@ -124,7 +124,7 @@ fn backup(
             replay::Next::Again => {}
             replay::Next::AwaitsDisk => replay.completed(events.recv().unwrap()),
             replay::Next::LogEmpty => match log.recv() {
-                Ok(bytes) => replay.receive(&bytes, Instant::now()),
+                Ok(bytes) => replay.receive(bytes, Instant::now()),
                 Err(_) => return Err("the log ended before the guest powered off".into()),
             },
             replay::Next::PoweredOff => return Ok((guest.digest().unwrap(), guest.point())),

@@ -142,7 +142,7 @@ pub fn replay_with(
             replay::Next::Again => {}
             replay::Next::LogEmpty => match log.read(&mut piece).unwrap() {
                 0 => break false,
-                count => replay.receive(&piece[..count], Instant::now()),
+                count => replay.receive(piece[..count].to_vec(), Instant::now()),
             },
             replay::Next::AwaitsDisk => replay.completed(events.recv().unwrap()),
             replay::Next::PoweredOff => break true,
