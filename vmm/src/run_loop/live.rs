@@ -276,12 +276,8 @@ impl Live {
         if guest.tsc() >= self.next_digest_tsc {
             self.digest(guest)?;
         }
-        if let Some(recorder) = &self.recorder
-            && guest.tsc() >= self.next_flush_tsc
-        {
-            let interval_ns = recorder.flush_interval().as_nanos() as u64;
-            self.next_flush_tsc = guest.tsc().saturating_add(interval_ns);
-            self.flush();
+        if guest.tsc() >= self.next_flush_tsc {
+            self.send_on(guest);
         }
         Ok(())
     }
@@ -358,6 +354,15 @@ impl Live {
 
     fn send_outputs(&mut self, guest: &Guest) {
         self.gathering.sends(guest.point().0, self.pacer.quantum());
+        self.send_on(guest);
+    }
+
+    /// Sends on what is collected of a guest that runs on; the next time is an interval away, if nothing else comes before.
+    fn send_on(&mut self, guest: &Guest) {
+        if let Some(recorder) = &self.recorder {
+            let interval_ns = recorder.flush_interval().as_nanos() as u64;
+            self.next_flush_tsc = guest.tsc().saturating_add(interval_ns);
+        }
         self.flush();
     }
 
