@@ -4,10 +4,11 @@
 //! API. It ends with 0 when the guest switches itself off, on `vmm.shutdown`, SIGTERM and SIGINT, with 1
 //! when something failed, with 2 when it was called wrongly.
 
+mod logging;
 mod options;
 mod report;
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::process::ExitCode;
@@ -20,8 +21,10 @@ use vmm::api::dispatch::dispatch;
 use vmm::api::route::Call;
 use vmm::api::{ApiSocket, EventLoop, Inbox, Server};
 use vmm::event_monitor::EventWriter;
+use vmm::non_blocking::NonBlocking;
 use vmm::vmm::Vmm;
 
+use logging::Logging;
 use options::{ApiSocketOption, EventMonitorOption, Options};
 
 fn main() -> ExitCode {
@@ -41,7 +44,8 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> anyhow::Result<()> {
     // Socket, logs and snapshots hold what the guest knows: they are for the owner only.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    start_log(options)?;
+    // Outlives all that logs.
+    let logging = Logging::start(options.verbose, options.log_file.as_deref())?;
     let first_call = first_call(options)?;
     stay_in_memory();
     let (event_loop, inbox) = EventLoop::new(options.no_shutdown);
@@ -60,7 +64,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
     };
     // Dropped last, so that the answer to vmm.shutdown still goes out.
     let _server = socket.map(|socket| Server::start(socket, inbox.clone())).transpose()?;
-    end_on_signals(inbox)?;
+    end_on_signals(inbox, logging.sender())?;
     if let Some(path) = options.api_socket.as_ref() {
         log::info!("the API is served on {path}");
     }
@@ -122,34 +126,14 @@ fn start_event_monitor(target: &EventMonitorOption) -> anyhow::Result<EventWrite
     started.with_context(|| format!("cannot write events to {target}"))
 }
 
-fn start_log(options: &Options) -> anyhow::Result<()> {
-    let level = match options.verbose {
-        0 => log::LevelFilter::Warn,
-        1 => log::LevelFilter::Info,
-        2 => log::LevelFilter::Debug,
-        _ => log::LevelFilter::Trace,
-    };
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level).parse_default_env().format_timestamp_micros();
-    if let Some(path) = &options.log_file {
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .with_context(|| format!("cannot open the log file '{}'", path.display()))?;
-        builder.target(env_logger::Target::Pipe(Box::new(file)));
-    }
-    builder.init();
-    Ok(())
-}
-
 /// Ends the process in order on the first signal and at once on the second.
-fn end_on_signals(inbox: Inbox) -> anyhow::Result<()> {
+fn end_on_signals(inbox: Inbox, log: NonBlocking<Vec<u8>>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
     let wait = move || {
         for (count, signal) in signals.forever().enumerate() {
             if count > 0 {
                 log::error!("signal {signal} again: ending without stopping the VM in order");
+                log.flush();
                 signal_hook::low_level::exit(1);
             }
             log::info!("signal {signal}");

@@ -10,6 +10,7 @@ pub mod event_monitor;
 pub mod guest;
 pub mod legacy;
 pub mod machine;
+pub mod non_blocking;
 pub mod pair;
 pub mod parts;
 pub mod pci;

@@ -77,7 +77,17 @@ impl Pair {
     ///
     /// As [`Self::boot`].
     pub fn boot_with(lab: Lab, mode: &str) -> Result<Self> {
-        let primary = lab.start(Side::A, &lab.boot_options(mode))?;
+        let options = lab.boot_options(mode);
+        Self::boot_from(lab, &options)
+    }
+
+    /// As [`Self::boot`], from a command line.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::boot`].
+    pub fn boot_from(lab: Lab, options: &[String]) -> Result<Self> {
+        let primary = lab.start(Side::A, options)?;
         let mut pair = Self { lab, primary, backup: None, side: Side::A, timing: None };
         pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
         Ok(pair)

@@ -96,6 +96,17 @@ impl Vmm {
         std::fs::read_to_string(&self.log).unwrap_or_else(|error| format!("no log: {error}"))
     }
 
+    /// Waits until the log, which is written behind what happens, says `what`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not in good time, with what it says.
+    pub fn wait_for_log(&self, what: &str) -> Result<()> {
+        let said = || Ok(self.log().contains(what).then_some(()));
+        eventually(START, "the log says it", said)
+            .with_context(|| format!("the log does not say {what:?}:\n{}", self.log()))
+    }
+
     /// The last lines of [`Self::log`].
     #[must_use]
     pub fn log_end(&self) -> String {

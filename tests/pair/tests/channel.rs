@@ -82,11 +82,7 @@ impl Story {
     /// The waiting side must have logged each of `words`, and wait again.
     fn told(backup: &Vmm, words: &[&str]) -> Result<()> {
         wait_for_status(backup, "listening again", |status| status.state == "listening")?;
-        let log = backup.log();
-        for word in words {
-            ensure!(log.contains(word), "the backup's log does not say {word:?}:\n{log}");
-        }
-        Ok(())
+        words.iter().try_for_each(|word| backup.wait_for_log(word))
     }
 
     fn end(self) -> Result<()> {

@@ -82,13 +82,11 @@ fn a_primary_frozen_while_it_writes_writes_nothing_after_its_successor() -> Resu
         load.first_answer_after(stopped)?;
         // It is alive and holds its lock: the successor neither fails nor waits for it.
         progress(&load, 40)?;
-        ensure!(pair.primary.log().contains("in use by another VM"), "{}", pair.primary.log());
+        pair.primary.wait_for_log("in use by another VM")?;
         old.signal(Signal::SIGCONT)?;
         wait_for_status(&old, "halted", |status| status.state == "halted")?;
-        eventually(CHANGE, "the successor takes the lock", || {
-            Ok(pair.primary.log().contains("is locked for this VM now").then_some(()))
-        })
-        .with_context(|| format!("round {round}: {}", pair.primary.log()))?;
+        let locked = pair.primary.wait_for_log("is locked for this VM now");
+        locked.with_context(|| format!("round {round}"))?;
         progress(&load, 40)?;
         old.kill()?;
     }

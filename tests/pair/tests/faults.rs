@@ -7,6 +7,9 @@ use anyhow::{Context, Result, ensure};
 use ft::{DiskMode, FtStatus};
 use ledger_client::load::{Load, Options};
 use ledger_client::verdict::Verdict;
+use nix::libc::O_NONBLOCK;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use pair_tests::faults::{Fault, Storm, proxy, through};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
@@ -15,6 +18,9 @@ use pair_tests::patience::eventually;
 use pair_tests::proxy::{Proxy, Weather};
 use pair_tests::requirements::{Need, met};
 use serde_json::json;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
@@ -231,4 +237,36 @@ fn a_link_that_hangs_for_less_than_the_timeout_is_no_failure() -> Result<()> {
         ensure!(status.state == "protected" && status.last_failover.is_none(), "{status:?}");
         Ok(())
     })
+}
+
+/// A pipe that takes no more, and its name in the file system.
+fn full_pipe(lab: &Lab) -> Result<(File, String)> {
+    let path = lab.directory().join("log");
+    mkfifo(&path, Mode::S_IRWXU)?;
+    let open = OpenOptions::new().read(true).write(true).custom_flags(O_NONBLOCK).open(&path);
+    let mut pipe = open?;
+    while pipe.write(&[b'\n'; 4096]).is_ok() {}
+    Ok((pipe, path.to_string_lossy().into_owned()))
+}
+
+#[test]
+fn a_log_that_nobody_reads_keeps_nobody_waiting() -> Result<()> {
+    if !met("log that nobody reads", &NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let (mut pipe, path) = full_pipe(&lab)?;
+    let options = [lab.boot_options(""), vec!["--log-file".to_owned(), path]].concat();
+    let mut pair = Pair::boot_from(lab, &options)?;
+    let load = pair.lab.load(Options::new(pair.lab.service()?, "log"))?;
+    // Each change of state is told in the log, by the threads that keep the pair together.
+    for _ in 0..2 {
+        pair.protect()?;
+        progress(&load, 20)?;
+        let killed = pair.kill_backup()?;
+        load.first_answer_after(killed)?;
+        pair.wait_until_alone()?;
+    }
+    ensure!(pipe.write(b"\n").is_err(), "somebody reads the log");
+    pair.balance(load)
 }

@@ -308,8 +308,7 @@ fn give_up_and_come_back(
     let filled = Instant::now();
     wait_for_status(&pair.primary, "the backup is given up", |status| status.generation > before)?;
     println!("given up {:?} after the guest began to write", filled.elapsed());
-    let log = pair.primary.log();
-    ensure!(log.contains("the backup gave up: its disk in slot"), "{log}");
+    pair.primary.wait_for_log("the backup gave up: its disk in slot")?;
     // The standby is asked again and has no room. The guest writes all that it wanted to, and answers.
     wait_for_status(&pair.primary, "the standby has no room", |status| {
         let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());

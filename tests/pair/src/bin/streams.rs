@@ -4,8 +4,8 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use pair_tests::lab::Lab;
-use pair_tests::network::{Side, TAP};
-use pair_tests::pair::{BOOT, Pair};
+use pair_tests::network::TAP;
+use pair_tests::pair::Pair;
 use pair_tests::stream::{Rate, SERVE, measure_receive, measure_transmit};
 use serde_json::Value;
 
@@ -31,9 +31,7 @@ fn main() -> Result<()> {
             }
         }
     }
-    let primary = lab.start(Side::A, &arguments)?;
-    let mut pair = Pair { lab, primary, backup: None, side: Side::A, timing: None };
-    pair.primary.console.wait_for("# ", BOOT).with_context(|| pair.primary.log())?;
+    let mut pair = Pair::boot_from(lab, &arguments)?;
     measure(&pair, "alone", bytes)?;
     pair.protect()?;
     measure(&pair, "protected", bytes)?;
