@@ -5,7 +5,7 @@
 //! thread has gone on. If that thread was preempted, by the very thread that spins, on the processor where both run, it goes on
 //! only when the kernel saves it from starving, a second later, and by then the other side has taken over.
 //!
-//! What must hold: nobody ever spins. [`Receiver::try_recv`] waits for nobody: a message whose sender is in the middle of its
+//! What must hold: nobody spins for longer than a few microseconds. [`Receiver::try_recv`] waits for nobody: a message whose sender is in the middle of its
 //! work is not there yet, so that a sender must wake such a receiver *after* it has sent. Everything else
 //! may sleep for as long as another thread holds a lock, which is a few instructions while that thread
 //! runs; and asleep it leaves its processor to that thread.
@@ -14,6 +14,12 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
+
+/// How often a receiver looks before it sleeps, with growing pauses, some microseconds in all: whoever need not be woken for
+/// what is about to come has it sooner, and costs the sender less.
+const LOOKS: u32 = 10;
+/// After so many of them it leaves the processor to others in between.
+const LOOKS_SPINNING: u32 = 7;
 
 /// A channel that takes any number of messages. Nobody waits for room in it; bounds are up to those who send.
 #[must_use]
@@ -101,6 +107,18 @@ impl<T> Shared<T> {
     }
 }
 
+/// Sleeps until `condition` is notified, no longer than `left`, or for no reason.
+fn sleep<'a, T>(
+    condition: &Condvar,
+    state: MutexGuard<'a, State<T>>,
+    left: Option<Duration>,
+) -> MutexGuard<'a, State<T>> {
+    match left {
+        None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
+        Some(left) => condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
+    }
+}
+
 /// The sending end; clones send into the same channel.
 #[derive(Debug)]
 pub struct Sender<T>(Arc<Shared<T>>);
@@ -111,16 +129,36 @@ impl<T> Sender<T> {
     /// # Errors
     /// If the receiver has gone, with the message.
     pub fn send(&self, message: T) -> Result<(), SendError<T>> {
-        let mut state = self.0.lock();
-        while state.receives && state.messages.len() >= self.0.capacity {
+        self.send_until(message, None).map_err(|error| match error {
+            TrySendError::Full(message) | TrySendError::Disconnected(message) => SendError(message),
+        })
+    }
+
+    /// As [`Self::send`]; sleeps for no longer than `timeout`.
+    ///
+    /// # Errors
+    /// If there is no room by then, or the receiver has gone, with the message.
+    pub fn send_timeout(&self, message: T, timeout: Duration) -> Result<(), TrySendError<T>> {
+        // What is too far away to be said never comes.
+        self.send_until(message, Instant::now().checked_add(timeout))
+    }
+
+    fn send_until(&self, message: T, deadline: Option<Instant>) -> Result<(), TrySendError<T>> {
+        let shared = &*self.0;
+        let mut state = shared.lock();
+        while state.receives && state.messages.len() >= shared.capacity {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Err(TrySendError::Full(message));
+            }
             state.sleeping_senders += 1;
-            state = self.0.taken.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = sleep(&shared.taken, state, left);
             state.sleeping_senders -= 1;
         }
         if !state.receives {
-            return Err(SendError(message));
+            return Err(TrySendError::Disconnected(message));
         }
-        self.0.append(state, message);
+        shared.append(state, message);
         Ok(())
     }
 
@@ -206,24 +244,27 @@ impl<T> Receiver<T> {
     }
 
     fn recv_until(&self, deadline: Option<Instant>) -> Result<T, RecvTimeoutError> {
+        for look in 0..LOOKS {
+            match self.try_recv() {
+                Ok(message) => return Ok(message),
+                Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+                Err(TryRecvError::Empty) if look < LOOKS_SPINNING => {
+                    (0..1 << look).for_each(|_| std::hint::spin_loop());
+                }
+                Err(TryRecvError::Empty) => std::thread::yield_now(),
+            }
+        }
         let mut state = self.0.lock();
         loop {
             if !state.messages.is_empty() || state.senders == 0 {
                 return self.0.take(state).map_err(|_| RecvTimeoutError::Disconnected);
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                return Err(RecvTimeoutError::Timeout);
+            }
             state.receiver_sleeps = true;
-            state = match left {
-                None => self.0.sent.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => {
-                    state.receiver_sleeps = false;
-                    return Err(RecvTimeoutError::Timeout);
-                }
-                Some(left) => {
-                    let woken = self.0.sent.wait_timeout(state, left);
-                    woken.unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
+            state = sleep(&self.0.sent, state, left);
             state.receiver_sleeps = false;
         }
     }
@@ -353,6 +394,11 @@ mod tests {
         let (sender, receiver) = unbounded();
         assert_eq!(receiver.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
         assert_eq!(receiver.recv_timeout(Duration::from_millis(1)), Err(RecvTimeoutError::Timeout));
+        let (full, _receiver) = bounded(1);
+        full.send_timeout(1, Duration::ZERO).unwrap();
+        for timeout in [0, 1].map(Duration::from_millis) {
+            assert_eq!(full.send_timeout(2, timeout), Err(TrySendError::Full(2)));
+        }
         std::thread::scope(|scope| {
             let shared = Arc::clone(&receiver.0);
             let waits = scope.spawn(move || receiver.recv_timeout(Duration::MAX));
