@@ -12,9 +12,11 @@ use pair_tests::pair::{CHANGE, Death, Pair, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
 use serde_json::{Value, json};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+use tempfile::{NamedTempFile, TempDir};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -195,32 +197,74 @@ fn refuse_and_cancel(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
     alike(pair)
 }
 
-/// A small file system of its own.
-struct SmallDisk(PathBuf);
+/// A file system mounted on a directory that goes with it.
+struct Mount(TempDir);
+
+impl Mount {
+    fn new(options: &[&str]) -> Result<Self> {
+        let mount = Self(tempfile::Builder::new().prefix("dyad-disk-").tempdir()?);
+        mount.mount(options)?;
+        Ok(mount)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn mount(&self, options: &[&str]) -> Result<()> {
+        let options = options.iter().map(OsStr::new);
+        run("mount", &options.chain([self.path().as_os_str()]).collect::<Vec<_>>())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
+    }
+}
+
+fn run(program: &str, arguments: &[&OsStr]) -> Result<()> {
+    let status = Command::new(program).args(arguments).status().context(program.to_owned())?;
+    ensure!(status.success(), "{program} {arguments:?} failed");
+    Ok(())
+}
+
+/// A small file system.
+struct SmallDisk(Mount);
 
 impl SmallDisk {
-    fn mount(path: PathBuf, size: &str) -> Result<Self> {
-        std::fs::create_dir(&path)?;
-        let options = format!("size={size}");
-        mount(&["-t", "tmpfs", "-o", &options, "tmpfs"], &path)?;
-        Ok(Self(path))
+    fn new(size: &str) -> Result<Self> {
+        Ok(Self(Mount::new(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])?))
     }
 
     fn resize(&self, size: &str) -> Result<()> {
-        mount(&["-o", &format!("remount,size={size}")], &self.0)
+        self.0.mount(&["-o", &format!("remount,size={size}")])
     }
 }
 
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
+/// A file system that can be frozen: while it is, a write to it does not return.
+struct HangingDisk {
+    mount: Mount,
+    _device: NamedTempFile,
 }
 
-fn mount(options: &[&str], path: &Path) -> Result<()> {
-    let status = Command::new("mount").args(options).arg(path).status()?;
-    ensure!(status.success(), "mount {options:?} failed");
-    Ok(())
+impl HangingDisk {
+    fn new() -> Result<Self> {
+        let device = NamedTempFile::new()?;
+        device.as_file().set_len(400 << 20)?;
+        run("mkfs.ext4", &["-q".as_ref(), device.path().as_os_str()])?;
+        let path = device.path().to_string_lossy();
+        let mount = Mount::new(&["-o", "loop", &path])?;
+        Ok(Self { mount, _device: device })
+    }
+
+    fn freeze(&self) -> Result<()> {
+        run("fsfreeze", &["--freeze".as_ref(), self.mount.path().as_os_str()])
+    }
+
+    fn thaw(&self) -> Result<()> {
+        run("fsfreeze", &["--unfreeze".as_ref(), self.mount.path().as_os_str()])
+    }
 }
 
 /// More than a file system of 40 MB holds, written in the background.
@@ -231,13 +275,21 @@ fn on_a_small_disk(
     size: &str,
     story: fn(&mut Pair, &Load, &SmallDisk, &Path) -> Result<()>,
 ) -> Result<()> {
+    let small = SmallDisk::new(size)?;
+    with_image_on(small.0.path(), |pair, load, image| story(pair, load, &small, image))
+}
+
+/// A story in which host b has its image in `directory`.
+fn with_image_on(
+    directory: &Path,
+    story: impl FnOnce(&mut Pair, &Load, &Path) -> Result<()>,
+) -> Result<()> {
     let lab = Lab::new()?;
-    let small = SmallDisk::mount(lab.directory().join("small"), size)?;
-    let image = small.0.join("b.raw");
+    let image = directory.join("b.raw");
     std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
     let mut pair = Pair::boot(lab)?;
-    let load = load(&pair, "full")?;
-    story(&mut pair, &load, &small, &image).with_context(|| pair.describe())?;
+    let load = load(&pair, "disk")?;
+    story(&mut pair, &load, &image).with_context(|| pair.describe())?;
     settle(pair, load, &image)
 }
 
@@ -322,6 +374,63 @@ fn give_up_and_come_back(
     let room = Instant::now();
     pair.wait_until_protected(room)?;
     println!("protected again {:?} after there was room", room.elapsed());
+    progress(load, 20)?;
+    alike(pair)?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20)?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_of_the_backup_that_hangs_costs_the_backup_and_no_more() -> Result<()> {
+    if !met("a disk that hangs under a mirrored backup", &NEEDS) {
+        return Ok(());
+    }
+    let disk = HangingDisk::new()?;
+    with_image_on(disk.mount.path(), |pair, load, image| {
+        let told = hang_twice(pair, load, &disk, image);
+        if told.is_err() {
+            // Whoever is at it could not be killed. It fails where it is thawed already.
+            let _ = disk.thaw();
+        }
+        told
+    })
+}
+
+fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) -> Result<()> {
+    let mut terms = for_good();
+    terms["disk_timeout_ms"] = json!(1_500);
+    pair.protect_with(&receive(image), &terms)?;
+    progress(load, 20)?;
+    let before = pair.status()?.generation;
+    disk.freeze()?;
+    wait_for_status(&pair.primary, "the backup is given up", |status| status.generation > before)?;
+    pair.primary.wait_for_log("the backup gave up: its disk in slot")?;
+    progress(load, 40)?;
+    disk.thaw()?;
+    pair.wait_until_protected(Instant::now())?;
+    progress(load, 20)?;
+    alike(pair)?;
+
+    // While it is copied, too.
+    pair.unprotect()?;
+    let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=32 2>/dev/null; sync";
+    pair.primary.console.run(fill, PATIENCE)?;
+    pair.lab.network.limit(pair.side, Some("80mbit"))?;
+    pair.begin_protection(&receive(image), &terms)?;
+    wait_for_status(&pair.primary, "blocks are copied", |status| {
+        status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
+    })?;
+    disk.freeze()?;
+    wait_for_status(&pair.primary, "the copy is given up", |status| {
+        let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());
+        error.is_some_and(|error| error.contains("a disk of the backup has not answered for"))
+    })?;
+    progress(load, 40)?;
+    pair.lab.network.limit(pair.side, None)?;
+    disk.thaw()?;
+    pair.wait_until_protected(Instant::now())?;
     progress(load, 20)?;
     alike(pair)?;
     pair.kill_primary(Death::Process)?;

@@ -88,13 +88,15 @@ impl ImageCopy {
         Ok(())
     }
 
-    /// Has a range read as zeroes; where the file system can, it takes no space any more.
+    /// Has a range read as zeroes; where the file system can, it takes no space any more. Tells of each request as it
+    /// begins.
     ///
     /// # Errors
     /// If that is not within the image, or the host cannot.
-    pub fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    pub fn zero(&mut self, offset: u64, len: u64, mut begins: impl FnMut()) -> io::Result<()> {
         self.check(offset, len)?;
         let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        begins();
         if self.image.perform(Io::Allocate { how, offset, len }).is_ok() {
             return Ok(());
         }
@@ -102,6 +104,7 @@ impl ImageCopy {
         let end = offset + len;
         for at in (offset..end).step_by(MAX_COPY_BYTES) {
             let count = (end - at).min(MAX_COPY_BYTES as u64) as usize;
+            begins();
             self.write(at, &zeroes[..count])?;
         }
         Ok(())
@@ -264,12 +267,12 @@ mod tests {
             let mut copy = disk.copy();
             copy.write(512, &[9; 1024]).unwrap();
             assert_eq!(copy.read(0, 2048).unwrap()[511..513], [0, 9]);
-            copy.zero(1024, 512).unwrap();
+            copy.zero(1024, 512, || ()).unwrap();
             assert_eq!(copy.read(512, 1024).unwrap()[511..513], [9, 0]);
             copy.sync().unwrap();
             for (offset, len) in [(8192, 512), (u64::MAX - 511, 512), (1, 512), (0, 100)] {
                 assert!(copy.write(offset, &vec![0; len]).is_err());
-                assert!(copy.zero(offset, len as u64).is_err());
+                assert!(copy.zero(offset, len as u64, || ()).is_err());
             }
             assert!(copy.read(7680, 1024).is_err());
         }

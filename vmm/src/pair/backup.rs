@@ -222,6 +222,10 @@ impl Side for BackupSide {
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
             self.step(Input::Executed { point, position, digests_compared });
         }
+        if let Some(Err(reason)) = self.images.as_ref().map(Images::check) {
+            self.catch_up();
+            self.step(Input::Failed { reason });
+        }
         if let Some((device, failed)) = awaits {
             self.catch_up();
             self.step(Input::AwaitsDisk { device, failed });
@@ -275,17 +279,19 @@ impl BackupSide {
             Action::LoadPages { first, bytes } => self.load_pages(first, &bytes)?,
             Action::LoadZeroPages { first, count } => self.load_zero_pages(first, count)?,
             Action::CompareDisk { disk, first, hashes } => {
-                self.images()?.compare(disk, first, hashes);
+                self.images()?.compare(disk, first, hashes)?;
             }
-            Action::LoadDisk { disk, offset, bytes } => self.images()?.write(disk, offset, bytes),
-            Action::ZeroDisk { disk, offset, len } => self.images()?.zero(disk, offset, len),
+            Action::LoadDisk { disk, offset, bytes } => {
+                self.images()?.write(disk, offset, bytes)?
+            }
+            Action::ZeroDisk { disk, offset, len } => self.images()?.zero(disk, offset, len)?,
             Action::LoadState { point, bytes } => {
                 if let Some(images) = &self.images {
-                    images.settle();
+                    images.settle()?;
                 }
                 self.load_state(point, &bytes)?;
                 match &self.images {
-                    Some(images) => images.make_stable(),
+                    Some(images) => images.make_stable()?,
                     None => self.step(Input::Loaded),
                 }
             }
@@ -346,7 +352,7 @@ impl BackupSide {
                     Told::Failed(reason) => Input::Failed { reason },
                 });
             };
-            self.images = Some(Images::start(disks, tell)?);
+            self.images = Some(Images::start(disks, terms.timing.disk_timeout(), tell)?);
         }
         Ok(())
     }

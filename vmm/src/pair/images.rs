@@ -5,15 +5,18 @@
 //! this host writes.
 //!
 //! What must hold: the guest replays only on images that hold everything sent, and its primary hears that it is ready only
-//! when they hold it for good.
+//! when they hold it for good. A disk that hangs ends the copy, so that another standby is asked.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, TrySendError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ft::message::DISK_HASH_BYTES;
 use rt_channel::{Receiver, Sender};
 
+use super::boot_time;
 use super::clone::disks::{Hasher, block};
 use crate::backends::DiskImage;
 
@@ -58,60 +61,110 @@ enum Job {
     Stable,
 }
 
+/// Since when the disk has been at one request of a job, by [`boot_time`] in microseconds; 0 while it is at none.
+#[derive(Default)]
+struct UnderWay(AtomicU64);
+
+impl UnderWay {
+    fn begins(&self) {
+        self.0.store(boot_time().as_micros() as u64, Ordering::Relaxed);
+    }
+
+    fn ends(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// Says so if it has been for `patience`.
+    fn check(&self, patience: Duration) -> Result<(), String> {
+        let since = match self.0.load(Ordering::Relaxed) {
+            0 => return Ok(()),
+            micros => Duration::from_micros(micros),
+        };
+        let waited = boot_time().saturating_sub(since);
+        if waited < patience {
+            return Ok(());
+        }
+        Err(format!("a disk of the backup has not answered for {} ms", waited.as_millis()))
+    }
+}
+
 /// The way to the thread. It ends with this, and what it has not begun by then it leaves.
 pub struct Images {
     jobs: Sender<Job>,
+    under_way: Arc<UnderWay>,
+    /// How long the disk may take for one request.
+    patience: Duration,
     /// Nobody wants more of the thread.
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Images {
-    /// Works on `disks`, in the order in which the primary numbers them, and tells of it on its thread.
+    /// Works on `disks`, in the order in which the primary numbers them, and tells of it on its thread. A disk that is at one
+    /// request for longer than `patience` hangs.
     pub fn start(
         disks: Vec<DiskImage>,
+        patience: Duration,
         tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Self, String> {
         let (jobs, waiting) = rt_channel::bounded(WAITING);
         let over = Arc::new(AtomicBool::new(false));
-        let worker = Worker { disks, hasher: Hasher::new(), over: Arc::clone(&over) };
+        let under_way = Arc::<UnderWay>::default();
+        let worker = Worker {
+            disks,
+            hasher: Hasher::new(),
+            over: Arc::clone(&over),
+            under_way: Arc::clone(&under_way),
+        };
         let thread = std::thread::Builder::new().name("images".into());
         let thread = thread
             .spawn(move || worker.run(&waiting, &tell))
             .map_err(|error| format!("cannot start a thread: {error}"))?;
-        Ok(Self { jobs, over, thread: Some(thread) })
+        Ok(Self { jobs, under_way, patience, over, thread: Some(thread) })
     }
 
     /// Compares blocks with the hashes of the primary's.
-    pub fn compare(&self, disk: u32, first: u64, hashes: Vec<u8>) {
-        self.job(Job::Compare { disk, first, hashes });
+    pub fn compare(&self, disk: u32, first: u64, hashes: Vec<u8>) -> Result<(), String> {
+        self.job(Job::Compare { disk, first, hashes })
     }
 
     /// Writes.
-    pub fn write(&self, disk: u32, offset: u64, bytes: Vec<u8>) {
-        self.job(Job::Write { disk, offset, bytes });
+    pub fn write(&self, disk: u32, offset: u64, bytes: Vec<u8>) -> Result<(), String> {
+        self.job(Job::Write { disk, offset, bytes })
     }
 
     /// Makes a range zero.
-    pub fn zero(&self, disk: u32, offset: u64, len: u64) {
-        self.job(Job::Zero { disk, offset, len });
+    pub fn zero(&self, disk: u32, offset: u64, len: u64) -> Result<(), String> {
+        self.job(Job::Zero { disk, offset, len })
     }
 
     /// Waits until all that was asked for is done, or has failed, which has been told then.
-    pub fn settle(&self) {
+    pub fn settle(&self) -> Result<(), String> {
         let (done, settled) = rt_channel::bounded(1);
-        self.job(Job::Barrier(done));
-        let _ = settled.recv();
+        self.job(Job::Barrier(done))?;
+        while settled.recv_timeout(self.patience) == Err(RecvTimeoutError::Timeout) {
+            self.check()?;
+        }
+        Ok(())
     }
 
     /// Has all that was written made stable.
-    pub fn make_stable(&self) {
-        self.job(Job::Stable);
+    pub fn make_stable(&self) -> Result<(), String> {
+        self.job(Job::Stable)
     }
 
-    fn job(&self, job: Job) {
+    /// Whether the disks do what they are asked for.
+    pub fn check(&self) -> Result<(), String> {
+        self.under_way.check(self.patience)
+    }
+
+    fn job(&self, mut job: Job) -> Result<(), String> {
         // The thread ends after this does.
-        let _ = self.jobs.send(job);
+        while let Err(TrySendError::Full(waiting)) = self.jobs.send_timeout(job, self.patience) {
+            self.check()?;
+            job = waiting;
+        }
+        Ok(())
     }
 }
 
@@ -133,6 +186,7 @@ struct Worker {
     disks: Vec<DiskImage>,
     hasher: Hasher,
     over: Arc<AtomicBool>,
+    under_way: Arc<UnderWay>,
 }
 
 impl Worker {
@@ -147,7 +201,13 @@ impl Worker {
             if failed || self.over.load(Ordering::Acquire) {
                 continue;
             }
-            match self.perform(job) {
+            // To make all stable may take longer than a request: the state machine has an eye on that.
+            if !matches!(job, Job::Stable) {
+                self.under_way.begins();
+            }
+            let performed = self.perform(job);
+            self.under_way.ends();
+            match performed {
                 Ok(Some(told)) => tell(told),
                 Ok(None) => {}
                 Err(reason) => {
@@ -170,8 +230,9 @@ impl Worker {
                 written.map_err(|error| trouble("write", image, offset, &error))?;
             }
             Job::Zero { disk, offset, len } => {
+                let under_way = Arc::clone(&self.under_way);
                 let image = self.writable(disk)?;
-                let zeroed = image.copy.zero(offset, len);
+                let zeroed = image.copy.zero(offset, len, || under_way.begins());
                 zeroed.map_err(|error| trouble("write", image, offset, &error))?;
             }
             Job::Barrier(_) => {}
@@ -199,11 +260,12 @@ impl Worker {
     }
 
     fn differing(&mut self, disk: u32, first: u64, hashes: &[u8]) -> Result<Vec<u8>, String> {
-        let hasher = self.hasher.clone();
+        let (hasher, under_way) = (self.hasher.clone(), Arc::clone(&self.under_way));
         let image = self.image(disk)?;
         let theirs = hashes.chunks_exact(DISK_HASH_BYTES);
         let mut differing = vec![0; theirs.len().div_ceil(8)];
         for (index, hash) in theirs.enumerate() {
+            under_way.begins();
             let number = first.saturating_add(index as u64);
             let range = block(number, image.copy.bytes())
                 .ok_or_else(|| format!("disk '{}' has no block {number}", image.id))?;
@@ -240,6 +302,7 @@ mod tests {
     use crate::pair::clone::way::{CloneProgress, Compared, way};
 
     const BLOCK: usize = DISK_BLOCK_BYTES;
+    const PATIENCE: Duration = Duration::from_secs(60);
     /// Its last block is not whole.
     const BYTES: usize = 200 * BLOCK + 1536;
 
@@ -258,7 +321,7 @@ mod tests {
     fn copy(ours: &Path, theirs: &Path, read_only: bool) -> Result<u64, String> {
         let (told, answers) = rt_channel::unbounded();
         let tell = move |what| drop(told.send(what));
-        let images = Images::start(vec![disk(theirs, read_only)], tell).unwrap();
+        let images = Images::start(vec![disk(theirs, read_only)], PATIENCE, tell).unwrap();
         let (way, out) = way(Arc::new(EventFd::new(0).unwrap()));
         let progress = Arc::new(CloneProgress::default());
         let mut source = DiskSource::new(0, disk(ours, read_only), Arc::clone(&progress));
@@ -272,12 +335,14 @@ mod tests {
                 while let Some(CloneStep::Message(message)) = out.next_step() {
                     match message {
                         Message::DiskHashes { disk, first, hashes } => {
-                            images.compare(disk, first, hashes);
+                            images.compare(disk, first, hashes).unwrap();
                         }
                         Message::DiskData { disk, offset, bytes } => {
-                            images.write(disk, offset, bytes);
+                            images.write(disk, offset, bytes).unwrap();
                         }
-                        Message::DiskZeroes { disk, offset, len } => images.zero(disk, offset, len),
+                        Message::DiskZeroes { disk, offset, len } => {
+                            images.zero(disk, offset, len).unwrap();
+                        }
                         other => panic!("{}", other.name()),
                     }
                 }
@@ -298,16 +363,20 @@ mod tests {
             }
             for message in left {
                 match message {
-                    Message::DiskData { disk, offset, bytes } => images.write(disk, offset, bytes),
-                    Message::DiskZeroes { disk, offset, len } => images.zero(disk, offset, len),
+                    Message::DiskData { disk, offset, bytes } => {
+                        images.write(disk, offset, bytes).unwrap()
+                    }
+                    Message::DiskZeroes { disk, offset, len } => {
+                        images.zero(disk, offset, len).unwrap();
+                    }
                     // Asked before the copy was given up.
                     Message::DiskHashes { .. } => {}
                     other => panic!("{}", other.name()),
                 }
             }
             sender.join().unwrap()?;
-            images.settle();
-            images.make_stable();
+            images.settle().unwrap();
+            images.make_stable().unwrap();
             assert!(matches!(answers.recv().unwrap(), Told::Stable));
             let mut disks = Vec::new();
             progress.read_disks(&mut disks);
@@ -351,7 +420,8 @@ mod tests {
     #[test]
     fn what_no_primary_sends_ends_the_copy_and_harms_nothing() {
         let zeroes = vec![0; DISK_HASH_BYTES];
-        let bad: [&dyn Fn(&Images); 7] = [
+        type Bad<'a> = &'a dyn Fn(&Images) -> Result<(), String>;
+        let bad: [Bad<'_>; 7] = [
             &|images| images.compare(7, 0, zeroes.clone()),
             &|images| images.compare(0, u64::MAX, zeroes.clone()),
             &|images| images.compare(0, 201, zeroes.clone()),
@@ -364,14 +434,26 @@ mod tests {
         for bad in bad {
             let (told, answers) = rt_channel::unbounded();
             let disks = vec![disk(image.path(), false), disk(other.path(), true)];
-            let images = Images::start(disks, move |what| drop(told.send(what))).unwrap();
-            bad(&images);
+            let images = Images::start(disks, PATIENCE, move |what| drop(told.send(what))).unwrap();
+            bad(&images).unwrap();
             // Nothing after it counts.
-            images.write(0, 0, vec![9; 512]);
-            images.settle();
+            images.write(0, 0, vec![9; 512]).unwrap();
+            images.settle().unwrap();
             assert!(matches!(answers.recv().unwrap(), Told::Failed(_)));
         }
         assert!(fs::read(image.path()).unwrap().iter().all(|&byte| byte == 5));
         assert!(fs::read(other.path()).unwrap().iter().all(|&byte| byte == 6));
+    }
+
+    #[test]
+    fn a_disk_that_is_at_one_request_for_too_long_hangs() {
+        let under_way = UnderWay::default();
+        assert_eq!(under_way.check(Duration::ZERO), Ok(()), "it has nothing to do");
+        under_way.begins();
+        assert_eq!(under_way.check(PATIENCE), Ok(()));
+        let hangs = under_way.check(Duration::ZERO).unwrap_err();
+        assert!(hangs.contains("has not answered for"), "{hangs}");
+        under_way.ends();
+        assert_eq!(under_way.check(Duration::ZERO), Ok(()));
     }
 }
