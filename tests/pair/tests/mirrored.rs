@@ -47,6 +47,24 @@ fn settle(mut pair: Pair, load: Load, image: &Path) -> Result<()> {
     pair.balance(load)
 }
 
+/// Both images, and then that of the backup alone.
+fn alike_and_good_for_going_on(pair: &mut Pair, load: &Load) -> Result<()> {
+    alike(pair)?;
+    pair.kill_primary(Death::Process)?;
+    pair.wait_until_alone()?;
+    progress(load, 20).map(drop)
+}
+
+/// Begins a copy over a narrow link, and returns in the middle of its disk.
+fn begin_slow_copy(pair: &mut Pair, image: &Path, terms: &Value) -> Result<()> {
+    pair.lab.network.limit(pair.side, Some("80mbit"))?;
+    pair.begin_protection(&receive(image), terms)?;
+    wait_for_status(&pair.primary, "blocks are copied", |status| {
+        status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
+    })?;
+    Ok(())
+}
+
 #[test]
 fn images_are_alike_and_after_a_kill_only_what_changed_is_copied() -> Result<()> {
     if !met("mirrored disks and a kill", &NEEDS) {
@@ -139,11 +157,7 @@ fn alternate(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
     progress(load, 20)?;
     pair.protect_with(&receive(image), &mirrored())?;
     progress(load, 20)?;
-    alike(pair)?;
-    pair.kill_primary(Death::Process)?;
-    pair.wait_until_alone()?;
-    progress(load, 20)?;
-    Ok(())
+    alike_and_good_for_going_on(pair, load)
 }
 
 #[test]
@@ -181,11 +195,7 @@ fn refuse_and_cancel(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
 
     let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=48 2>/dev/null; sync";
     pair.primary.console.run(fill, PATIENCE)?;
-    pair.lab.network.limit(pair.side, Some("80mbit"))?;
-    pair.begin_protection(&receive(image), &mirrored())?;
-    wait_for_status(&pair.primary, "blocks are copied", |status| {
-        status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
-    })?;
+    begin_slow_copy(pair, image, &mirrored())?;
     pair.primary.api().put("ft.disable")?;
     pair.wait_until_alone()?;
     progress(load, 20)?;
@@ -330,11 +340,7 @@ fn fill_and_make_room(pair: &mut Pair, load: &Load, small: &SmallDisk, image: &P
     })?;
     pair.primary.console.run("wait", PATIENCE)?;
     progress(load, 20)?;
-    alike(pair)?;
-    pair.kill_primary(Death::Process)?;
-    pair.wait_until_alone()?;
-    progress(load, 20)?;
-    Ok(())
+    alike_and_good_for_going_on(pair, load)
 }
 
 #[test]
@@ -375,11 +381,7 @@ fn give_up_and_come_back(
     pair.wait_until_protected(room)?;
     println!("protected again {:?} after there was room", room.elapsed());
     progress(load, 20)?;
-    alike(pair)?;
-    pair.kill_primary(Death::Process)?;
-    pair.wait_until_alone()?;
-    progress(load, 20)?;
-    Ok(())
+    alike_and_good_for_going_on(pair, load)
 }
 
 #[test]
@@ -417,11 +419,7 @@ fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) ->
     pair.unprotect()?;
     let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=32 2>/dev/null; sync";
     pair.primary.console.run(fill, PATIENCE)?;
-    pair.lab.network.limit(pair.side, Some("80mbit"))?;
-    pair.begin_protection(&receive(image), &terms)?;
-    wait_for_status(&pair.primary, "blocks are copied", |status| {
-        status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
-    })?;
+    begin_slow_copy(pair, image, &terms)?;
     disk.freeze()?;
     wait_for_status(&pair.primary, "the copy is given up", |status| {
         let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());
@@ -432,11 +430,7 @@ fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) ->
     disk.thaw()?;
     pair.wait_until_protected(Instant::now())?;
     progress(load, 20)?;
-    alike(pair)?;
-    pair.kill_primary(Death::Process)?;
-    pair.wait_until_alone()?;
-    progress(load, 20)?;
-    Ok(())
+    alike_and_good_for_going_on(pair, load)
 }
 
 #[test]
