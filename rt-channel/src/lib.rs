@@ -5,10 +5,10 @@
 //! thread has gone on. If that thread was preempted, by the very thread that spins, on the processor where both run, it goes on
 //! only when the kernel saves it from starving, a second later, and by then the other side has taken over.
 //!
-//! What must hold: nobody spins for longer than a few microseconds. [`Receiver::try_recv`] waits for nobody: a message whose sender is in the middle of its
-//! work is not there yet, so that a sender must wake such a receiver *after* it has sent. Everything else
-//! may sleep for as long as another thread holds a lock, which is a few instructions while that thread
-//! runs; and asleep it leaves its processor to that thread.
+//! What must hold: nobody spins for longer than a few microseconds. [`Receiver::try_recv`] waits for nobody: a message
+//! whose sender is in the middle of its work is not there yet, so that a sender must wake such a receiver *after* it has
+//! sent. Everything else may sleep for as long as another thread holds a lock, which is a few instructions while that
+//! thread runs; and asleep it leaves its processor to that thread.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{RecvError, RecvTimeoutError, SendError, TryRecvError, TrySendError};

@@ -1,8 +1,8 @@
 //! The images of mirrored disks on the backup's side while they are made copies of the primary's.
 //!
-//! A thread of its own compares and writes, at ordinary priority: the ft thread must go on speaking. It takes one job after
-//! the other, and its queue is short: while it is full the ft thread reads no more, so that a primary sends no faster than
-//! this host writes.
+//! A thread of its own compares and writes, at ordinary priority. It takes one job after the other, and its queue is short:
+//! while it is full the ft thread waits and neither reads nor speaks, so that a primary sends no faster than this host
+//! writes. While a copy is made a side may be silent for longer ([`ft::Timing::clone_timeout`]).
 //!
 //! What must hold: the guest replays only on images that hold everything sent, and its primary hears that it is ready only
 //! when they hold it for good. A disk that hangs ends the copy, so that another standby is asked.
