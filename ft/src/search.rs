@@ -16,7 +16,7 @@
 use std::time::Duration;
 
 use crate::clip;
-use crate::status::Reprotection;
+use crate::status::{Reprotection, StandbyError};
 
 /// The most standbys that a VM may name.
 pub const MAX_STANDBYS: usize = 16;
@@ -46,7 +46,8 @@ pub struct Search {
     attempts: u64,
     /// The backup differed, and none has taken its place yet.
     resynchronising: bool,
-    last_error: Option<String>,
+    /// Of each standby, why it has no backup, since there was one last.
+    errors: Vec<Option<String>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +73,7 @@ impl Search {
             }
         }
         Self {
+            errors: vec![None; candidates.len()],
             standbys: candidates,
             state: State::Due { at: now },
             at: 0,
@@ -81,7 +83,6 @@ impl Search {
             patience: Duration::ZERO,
             attempts: 0,
             resynchronising: false,
-            last_error: None,
         }
     }
 
@@ -119,7 +120,7 @@ impl Search {
     pub fn protected(&mut self, now: Duration) {
         self.state = State::Protected { since: now };
         self.resynchronising = false;
-        self.last_error = None;
+        self.errors.fill(None);
     }
 
     /// The guest of the backup differs; [`Search::lost`] follows.
@@ -130,12 +131,14 @@ impl Search {
     /// Nobody answered, or the standby did not take the VM, or the copy was not finished, or the backup
     /// was lost or gave up.
     pub fn lost(&mut self, now: Duration, reason: &str) {
-        self.last_error = Some(clip(reason));
         let protected_since = match self.state {
             State::Due { .. } => return,
             State::Asking | State::Copying => None,
             State::Protected { since } => Some(since),
         };
+        if let Some(error) = self.errors.get_mut(self.at) {
+            *error = Some(clip(reason));
+        }
         if let Some(since) = protected_since {
             // Its place in the round is used up, unless its host is known to be well.
             self.asked = usize::from(!self.resynchronising);
@@ -196,6 +199,10 @@ impl Search {
             State::Due { at } if !self.standbys.is_empty() => Some(at.saturating_sub(now)),
             _ => None,
         };
+        let errors = self.standbys.iter().zip(&self.errors).filter_map(|(standby, error)| {
+            let (standby, error) = (standby.clone(), error.clone()?);
+            Some(StandbyError { standby, error })
+        });
         Reprotection {
             state: state.into(),
             standbys: self.standbys.clone(),
@@ -203,7 +210,7 @@ impl Search {
             attempts: self.attempts,
             next_attempt_ms: next_attempt
                 .map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
-            last_error: self.last_error.clone(),
+            errors: errors.collect(),
         }
     }
 }
@@ -358,7 +365,7 @@ mod tests {
 
     #[test]
     fn the_status_tells_who_when_and_why_not() {
-        let mut search = search(&["a"], None);
+        let mut search = search(&["a", "b"], None);
         assert_eq!(search.status(ms(0)).state, "searching");
         search.next(ms(0));
         assert_eq!(search.status(ms(0)).state, "asking");
@@ -367,8 +374,18 @@ mod tests {
         search.lost(ms(100), "no room");
         let status = search.status(ms(100));
         assert_eq!((status.state.as_str(), status.attempts), ("searching", 1));
-        assert_eq!(status.standby.as_deref(), Some("a"));
-        assert_eq!(status.last_error.as_deref(), Some("no room"));
+        assert_eq!(status.standby.as_deref(), Some("b"));
+        assert_eq!(status.next_attempt_ms, Some(0));
+        let error = |standby: &str, error: &str| StandbyError {
+            standby: standby.into(),
+            error: error.into(),
+        };
+        assert_eq!(status.errors, [error("a", "no room")]);
+        refusal(&mut search);
+        let status = search.status(ms(100));
+        assert_eq!(status.errors, [error("a", "no room"), error("b", "not today")]);
         assert_eq!(status.next_attempt_ms, Some(250));
+        protect(&mut search, 350);
+        assert_eq!(search.status(ms(350)).errors, []);
     }
 }

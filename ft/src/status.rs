@@ -74,8 +74,17 @@ pub struct Reprotection {
     pub attempts: u64,
     /// Milliseconds until the next is asked.
     pub next_attempt_ms: Option<u64>,
-    /// Why the last attempt failed, or protection ended.
-    pub last_error: Option<String>,
+    /// Why those that were asked hold no backup, in the order of `standbys`; none once there is one.
+    pub errors: Vec<StandbyError>,
+}
+
+/// Why one standby holds no backup.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyError {
+    /// Which.
+    pub standby: String,
+    /// What it said or what became of it, when it was asked last.
+    pub error: String,
 }
 
 /// How far the log has come.

@@ -2,6 +2,7 @@
 //! writes, alike when it rests, and good for going on whatever dies. And shared ones, if the backup is to read them itself.
 
 use anyhow::{Context, Result, ensure};
+use ft::FtStatus;
 use ledger_client::load::{Load, Options};
 use pair_tests::disk::Disk;
 use pair_tests::kills::progress;
@@ -63,6 +64,12 @@ fn begin_slow_copy(pair: &mut Pair, image: &Path, terms: &Value) -> Result<()> {
         status.clone.is_some_and(|clone| clone.disk_copied_bytes > 1 << 20)
     })?;
     Ok(())
+}
+
+/// Why standbys hold no backup.
+fn errors(status: &FtStatus) -> impl Iterator<Item = &str> {
+    let errors = status.reprotection.iter().flat_map(|search| &search.errors);
+    errors.map(|standby| standby.error.as_str())
 }
 
 #[test]
@@ -369,8 +376,7 @@ fn give_up_and_come_back(
     pair.primary.wait_for_log("the backup gave up: its disk in slot")?;
     // The standby is asked again and has no room. The guest writes all that it wanted to, and answers.
     wait_for_status(&pair.primary, "the standby has no room", |status| {
-        let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());
-        error.is_some_and(|error| error.contains("No space left"))
+        errors(status).any(|error| error.contains("No space left"))
     })?;
     pair.primary.console.run("wait", PATIENCE)?;
     println!("{:?} for the next 40 answers", progress(load, 40)?);
@@ -422,8 +428,10 @@ fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) ->
     begin_slow_copy(pair, image, &terms)?;
     disk.freeze()?;
     wait_for_status(&pair.primary, "the copy is given up", |status| {
-        let error = status.reprotection.as_ref().and_then(|search| search.last_error.as_ref());
-        error.is_some_and(|error| error.contains("a disk of the backup has not answered for"))
+        errors(status).any(|error| error.contains("a disk of the backup has not answered for"))
+    })?;
+    wait_for_status(&pair.primary, "the standby says why it takes no other", |status| {
+        errors(status).any(|error| error.contains("still has the copy before: a disk"))
     })?;
     progress(load, 40)?;
     pair.lab.network.limit(pair.side, None)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use ::ft::search::MAX_STANDBYS;
-pub use ::ft::status::{ClonePhase, CloneStatus, Failover};
+pub use ::ft::status::{ClonePhase, CloneStatus, Failover, Reprotection, StandbyError};
 pub use ::ft::{ArbiterUrl, DiskMode, DiskReads, FtStatus};
 use ::ft::{BadTiming, Timing};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

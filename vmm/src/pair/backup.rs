@@ -312,8 +312,9 @@ impl BackupSide {
                 self.go_live(generation)?;
             }
             Action::Discard { reason } => {
-                // What follows may take long, and the primary is to hear the last word before.
+                // What follows may take long: the primary is to hear the last word before, and whoever looks to see it.
                 self.write();
+                self.update_status();
                 // Whoever uses the images next finds them closed.
                 self.images = None;
                 if let Some(inbox) = &self.inbox {

@@ -11,8 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ft::BackupConfig;
 use ft::backup::Input;
+use ft::{BackupConfig, FtStatus};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -122,11 +122,18 @@ impl Connections {
         let taken = |places: &mut Places| places.holder.is_some() && !places.live;
         let waited = self.freed.wait_timeout_while(self.places(), PLACE_TIMEOUT, taken);
         let (mut places, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if places.holder.is_some() {
-            return Err("it has a VM already".into());
+        let Some(holder) = places.holder else {
+            places.holder = Some(number);
+            return Ok((self.make_host)());
+        };
+        let holder = places.served.get(&holder).cloned();
+        drop(places);
+        match holder.map(|backup| backup.status()) {
+            Some(FtStatus { state, reason: Some(reason), .. }) if state == "discarded" => {
+                Err(format!("it still has the copy before: {reason}"))
+            }
+            _ => Err("it has a VM already".into()),
         }
-        places.holder = Some(number);
-        Ok((self.make_host)())
     }
 
     /// Begins to serve a connection.
@@ -221,7 +228,7 @@ impl Serving {
 #[cfg(test)]
 mod tests {
     use ft::message::{CloneStart, Hello};
-    use ft::{Capabilities, FtStatus, Generation, Message, Terms};
+    use ft::{Capabilities, Generation, Message, Terms};
     use hypervisor::GuestMemory;
 
     use super::*;

@@ -8,7 +8,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Gauge, Paragraph, Sparkline, Wrap};
 use vmm::api::FtStatus;
-use vmm::api::ft::ClonePhase;
+use vmm::api::ft::{ClonePhase, StandbyError};
 
 use super::history::{CURVES, Curve, History};
 
@@ -52,7 +52,8 @@ impl Screen {
         frame.render_widget(block, frame.area());
         let head = self.head();
         let copying = self.copying();
-        let timeline = timeline(&self.known);
+        let mut bottom_lines = search(&self.known);
+        bottom_lines.extend(timeline(&self.known));
         let [top, curves, copy, bottom] = Layout::vertical([
             Constraint::Length(head.len() as u16 + 1),
             Constraint::Length(2 * CURVES.len() as u16),
@@ -69,7 +70,7 @@ impl Screen {
             let gauge = Gauge::default().ratio(ratio).label(label);
             frame.render_widget(gauge, Rect { height: copy.height.min(1), ..copy });
         }
-        frame.render_widget(Paragraph::new(timeline).wrap(Wrap { trim: false }), bottom);
+        frame.render_widget(Paragraph::new(bottom_lines).wrap(Wrap { trim: false }), bottom);
     }
 
     fn head(&self) -> Vec<Line<'static>> {
@@ -149,6 +150,26 @@ fn curve_text(curve: Curve, status: &FtStatus) -> String {
     }
 }
 
+/// Who is asked for a backup, and why those that were have none; nothing while there is one.
+fn search(status: &FtStatus) -> Vec<Line<'static>> {
+    let Some(search) = status.reprotection.as_ref().filter(|search| search.state != "protected")
+    else {
+        return Vec::new();
+    };
+    let standby = search.standby.as_deref().unwrap_or("none");
+    let due = match search.next_attempt_ms {
+        Some(left) => format!(" in {:.1} s", left as f64 / 1e3),
+        None => String::new(),
+    };
+    let attempts = search.attempts;
+    let mut lines =
+        vec![Line::raw(format!("{}: {standby}{due}, {attempts} attempts", search.state))];
+    for StandbyError { standby, error } in &search.errors {
+        lines.push(Line::raw(format!("  {standby}: {error}")));
+    }
+    lines
+}
+
 fn timeline(status: &FtStatus) -> Vec<Line<'static>> {
     let Some(failover) = &status.last_failover else {
         return vec![Line::raw("no failover yet")];
@@ -210,7 +231,7 @@ mod tests {
     use super::*;
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
-    use vmm::api::ft::Failover;
+    use vmm::api::ft::{Failover, Reprotection};
 
     fn shown(screen: &Screen, width: u16, height: u16) -> String {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
@@ -234,6 +255,32 @@ mod tests {
             }),
             ..FtStatus::default()
         }
+    }
+
+    #[test]
+    fn the_screen_shows_who_is_asked_and_why_the_others_have_no_backup() {
+        let mut screen = Screen::new(Path::new("/run/a.sock"));
+        let refusal = StandbyError { standby: "tcp:b:1".into(), error: "no room".into() };
+        let mut search = Reprotection {
+            state: "searching".into(),
+            standby: Some("tcp:c:1".into()),
+            attempts: 4,
+            next_attempt_ms: Some(1_250),
+            errors: vec![refusal],
+            ..Reprotection::default()
+        };
+        let mut look = |search: &Reprotection| {
+            screen.look =
+                Ok(FtStatus { reprotection: Some(search.clone()), ..FtStatus::default() });
+            screen.remember();
+            shown(&screen, 80, 24)
+        };
+        let text = look(&search);
+        for part in ["searching: tcp:c:1 in 1.2 s, 4 attempts", "tcp:b:1: no room"] {
+            assert!(text.contains(part), "{part:?} is not on\n{text}");
+        }
+        search.state = "protected".into();
+        assert!(!look(&search).contains("tcp:c:1"));
     }
 
     #[test]
