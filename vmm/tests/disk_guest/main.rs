@@ -11,7 +11,7 @@ use std::arch::global_asm;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ft::Event;
@@ -69,8 +69,13 @@ fn executable(code: &[u8]) -> Vec<u8> {
     file
 }
 
+/// Held by the one whose guest runs. The guest waits for its disk by looking again and again: two of them leave no
+/// processor to the disks.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// The machine of both sides.
 struct Setup {
+    _turn: MutexGuard<'static, ()>,
     config: VmConfig,
     host: HostFacts,
     payload: Arc<Payload>,
@@ -87,7 +92,9 @@ impl Setup {
         let host = HostFacts { boot_wall_ns: 0, disk_sectors: vec![SECTORS] };
         let kernel = BootFile { path: "guest.s".into(), content: executable(code()) };
         let payload = Payload { kernel, initramfs: None, cmdline: String::new() };
-        Self { config, host, payload: Arc::new(payload) }
+        // Whose test has failed has had its turn.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        Self { _turn: turn, config, host, payload: Arc::new(payload) }
     }
 
     fn guest(&self) -> vmm::guest::Guest {
