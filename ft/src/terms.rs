@@ -237,6 +237,12 @@ impl Timing {
         Duration::from_millis(self.disk_timeout_ms)
     }
 
+    /// How long a disk may take for one request while it is made a copy. The side that waits for it is silent meanwhile,
+    /// and must have said why it gives up before that counts as its end.
+    pub fn copy_disk_timeout(&self) -> Duration {
+        self.disk_timeout().min(self.clone_timeout() / 2)
+    }
+
     /// How long a backup may have the primary stand still before it gives itself up; zero if it works with no disk.
     pub fn disk_patience(&self, mode: DiskMode, reads: DiskReads) -> Duration {
         match (mode, reads) {
@@ -269,4 +275,21 @@ pub struct Terms {
     pub standbys: Vec<String>,
     /// Which of them this backup is; it need not be its own successor.
     pub standby: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_given_up_before_the_side_that_waits_for_it_counts_as_silent() {
+        let timeout = |disk_timeout_ms| {
+            let timing = Timing { disk_timeout_ms, ..Timing::default() };
+            assert!(timing.copy_disk_timeout() * 2 <= timing.clone_timeout());
+            timing.copy_disk_timeout()
+        };
+        assert_eq!(timeout(1_500), Duration::from_millis(1_500));
+        assert_eq!(timeout(Timing::default().disk_timeout_ms), Duration::from_secs(5));
+        assert_eq!(timeout(60_000), Duration::from_secs(5));
+    }
 }

@@ -421,11 +421,11 @@ fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) ->
     progress(load, 20)?;
     alike(pair)?;
 
-    // While it is copied, too.
+    // While it is copied, too, and with the timeout that goes without saying.
     pair.unprotect()?;
     let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=32 2>/dev/null; sync";
     pair.primary.console.run(fill, PATIENCE)?;
-    begin_slow_copy(pair, image, &terms)?;
+    begin_slow_copy(pair, image, &for_good())?;
     disk.freeze()?;
     wait_for_status(&pair.primary, "the copy is given up", |status| {
         errors(status).any(|error| error.contains("a disk of the backup has not answered for"))

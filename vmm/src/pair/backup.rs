@@ -353,7 +353,7 @@ impl BackupSide {
                     Told::Failed(reason) => Input::Failed { reason },
                 });
             };
-            self.images = Some(Images::start(disks, terms.timing.disk_timeout(), tell)?);
+            self.images = Some(Images::start(disks, terms.timing.copy_disk_timeout(), tell)?);
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 //!
 //! A thread of its own compares and writes, at ordinary priority. It takes one job after the other, and its queue is short:
 //! while it is full the ft thread waits and neither reads nor speaks, so that a primary sends no faster than this host
-//! writes. While a copy is made a side may be silent for longer ([`ft::Timing::clone_timeout`]).
+//! writes. While a copy is made a side may be silent for longer ([`ft::Timing::clone_timeout`]), and a disk that hangs is given
+//! up before ([`ft::Timing::copy_disk_timeout`]).
 //!
 //! What must hold: the guest replays only on images that hold everything sent, and its primary hears that it is ready only
 //! when they hold it for good. A disk that hangs ends the copy, so that another standby is asked.
@@ -22,6 +23,8 @@ use crate::backends::DiskImage;
 
 /// Jobs that may wait.
 const WAITING: usize = 4;
+/// How often whoever waits for a disk looks whether it hangs.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What the thread tells.
 pub enum Told {
@@ -142,7 +145,7 @@ impl Images {
     pub fn settle(&self) -> Result<(), String> {
         let (done, settled) = rt_channel::bounded(1);
         self.job(Job::Barrier(done))?;
-        while settled.recv_timeout(self.patience) == Err(RecvTimeoutError::Timeout) {
+        while settled.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
             self.check()?;
         }
         Ok(())
@@ -160,7 +163,7 @@ impl Images {
 
     fn job(&self, mut job: Job) -> Result<(), String> {
         // The thread ends after this does.
-        while let Err(TrySendError::Full(waiting)) = self.jobs.send_timeout(job, self.patience) {
+        while let Err(TrySendError::Full(waiting)) = self.jobs.send_timeout(job, LOOK) {
             self.check()?;
             job = waiting;
         }
