@@ -6,13 +6,17 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use ft::{FrameReader, Message};
 
+use super::boot_time;
 use super::wire::Wire;
 
 /// Bytes queued that do not wait for [`Channel::flush`].
 const CORK_BYTES: usize = 64 << 10;
+/// How long the peer of a link that was hung up may take to close it too.
+const PARTING: Duration = Duration::from_secs(1);
 /// Bytes written that are not worth moving the rest for.
 const FORGET_BYTES: usize = 1 << 20;
 
@@ -112,6 +116,11 @@ impl Channel {
         !self.wants_to_write()
     }
 
+    /// Ends the connection in one direction, behind all that was sent.
+    fn end(&self) -> io::Result<()> {
+        self.wire.end()
+    }
+
     /// Reads once from the wire, then hands out what is complete through [`Channel::next_message`].
     pub fn fill(&mut self) -> Result<(), ChannelError> {
         self.wire.read(&mut self.reader)
@@ -136,6 +145,8 @@ pub struct Link {
     hanging_up: bool,
     /// The peer has closed; what it said before has not all been read.
     unwritable: bool,
+    /// All is said. Until when the peer may take to close the connection too.
+    parting: Option<Duration>,
 }
 
 /// What came in.
@@ -150,7 +161,12 @@ impl Link {
     /// Begins on a wire.
     #[must_use]
     pub fn new(wire: Wire) -> Self {
-        Self { channel: Some(Channel::new(wire)), hanging_up: false, unwritable: false }
+        Self {
+            channel: Some(Channel::new(wire)),
+            hanging_up: false,
+            unwritable: false,
+            parting: None,
+        }
     }
 
     /// The channel, to be waited for.
@@ -171,7 +187,8 @@ impl Link {
         self.channel.as_ref().map(Channel::queued)
     }
 
-    /// Closes the channel once everything is sent.
+    /// Closes the channel once everything is sent and, if it does not take long, the peer has closed it too: a socket that
+    /// is closed while something in it is unread takes back what its peer has not read.
     pub fn hang_up(&mut self) {
         self.hanging_up = true;
     }
@@ -188,6 +205,9 @@ impl Link {
                 Err(error) => break Err(error),
             }
         };
+        if self.parting.is_some() {
+            messages.clear();
+        }
         Heard { messages, lost: self.check(ended) }
     }
 
@@ -208,9 +228,22 @@ impl Link {
         // To a peer that never came to speak TLS there is nothing to say.
         let said_all = self.unwritable || self.channel.as_ref().is_none_or(Channel::has_said_all);
         if self.hanging_up && said_all {
-            self.channel = None;
+            self.part();
         }
         lost
+    }
+
+    fn part(&mut self) {
+        let now = boot_time();
+        let over = match (self.parting, &self.channel) {
+            (Some(until), _) => now >= until,
+            (None, Some(channel)) => self.unwritable || channel.end().is_err(),
+            (None, None) => true,
+        };
+        self.parting.get_or_insert(now + PARTING);
+        if over {
+            self.channel = None;
+        }
     }
 
     /// A peer that closes the connection has often said why. That is still to be read, and the end of the
@@ -239,8 +272,54 @@ mod tests {
     use std::io::Read;
     use std::net::TcpStream;
 
+    use nix::sys::socket::setsockopt;
+    use nix::sys::socket::sockopt::RcvBuf;
+
     use super::super::tls::Security;
     use super::*;
+
+    /// Two links on one connection. What the first has not read waits in the socket of the second.
+    fn links() -> [Link; 2] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        setsockopt(&ours, RcvBuf, &4096).unwrap();
+        let (theirs, _) = listener.accept().unwrap();
+        let ours = Wire::connecting(ours, &Security::Plain, "b").unwrap();
+        [ours, Wire::accepting(theirs, &Security::Plain).unwrap()].map(Link::new)
+    }
+
+    #[test]
+    fn the_last_word_arrives_though_the_other_side_was_not_heard_out() {
+        let [mut primary, mut backup] = links();
+        let piece = Message::Payload { bytes: vec![7; 60 << 10] };
+        for link in [&mut primary, &mut backup] {
+            assert_eq!((link.send(&piece), link.flush(), link.queued()), (None, None, Some(0)));
+        }
+        let reason = "a disk hangs".to_owned();
+        assert_eq!(backup.send(&Message::Discarded { reason: reason.clone() }), None);
+        backup.hang_up();
+        let mut last = None;
+        while backup.is_open() || primary.is_open() {
+            backup.flush();
+            // Until all is said it hears nobody, like one whose disks keep it busy.
+            if backup.parting.is_some() {
+                assert!(backup.read().messages.is_empty());
+            }
+            last = primary.read().messages.into_iter().last().or(last);
+        }
+        assert_eq!(last, Some(Message::Discarded { reason }));
+    }
+
+    #[test]
+    fn a_peer_that_never_closes_is_left_after_a_moment() {
+        let [mut ours, theirs] = links();
+        ours.hang_up();
+        assert_eq!(ours.flush(), None);
+        assert!(ours.is_open(), "the peer has not closed it");
+        ours.parting = Some(boot_time());
+        assert_eq!(ours.flush(), None);
+        assert!(!ours.is_open() && theirs.is_open());
+    }
 
     #[test]
     fn a_queue_that_is_never_empty_does_not_grow() {

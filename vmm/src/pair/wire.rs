@@ -6,7 +6,7 @@
 //! understands, so that neither operator waits for a timeout.
 
 use std::io::{self, BufRead, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -125,6 +125,11 @@ impl Wire {
                 return Ok(taken);
             }
         }
+    }
+
+    /// Sends nothing more: the peer reads the end of the connection behind what was sent.
+    pub fn end(&self) -> io::Result<()> {
+        self.stream.shutdown(Shutdown::Write)
     }
 
     /// Reads once from the socket and passes on what arrived.
