@@ -24,7 +24,9 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
          any pair in lockstep whose log, channel,\nacknowledgements and replay cost nothing.\n\n\
          The lockstep itself costs processor time on both sides (records, the channel, digests, a thread switch or more for \
          each piece\nof log and each acknowledgement) and, where processors are idle, outputs that wait for the \
-         acknowledgement.\n\n\
+         acknowledgement. Work that waits\nfor a shared disk waits longer: each write waits for an acknowledgement too, and \
+         completes only when it is stable, for a dead host's cache is lost;\nunprotected, only what the guest flushes is \
+         made stable.\n\n\
          | work | ratio | beside another guest | of that | ceiling | primary's processor time | idle, protected |\n\
          | --- | --- | --- | --- | --- | --- | --- |"
     )?;
