@@ -16,7 +16,7 @@ use super::wire::Wire;
 /// Bytes queued that do not wait for [`Channel::flush`].
 const CORK_BYTES: usize = 64 << 10;
 /// How long the peer of a link that was hung up may take to close it too.
-const PARTING: Duration = Duration::from_secs(1);
+pub const PARTING: Duration = Duration::from_secs(1);
 /// Bytes written that are not worth moving the rest for.
 const FORGET_BYTES: usize = 1 << 20;
 
@@ -213,7 +213,7 @@ impl Link {
 
     /// As [`Channel::send`]; tells if the channel was lost by it.
     pub fn send(&mut self, message: &Message) -> Option<String> {
-        if self.unwritable {
+        if self.unwritable || self.parting.is_some() {
             return None;
         }
         let sent = self.channel.as_mut()?.send(message);
@@ -234,11 +234,11 @@ impl Link {
     }
 
     fn part(&mut self) {
+        let Some(channel) = &self.channel else { return };
         let now = boot_time();
-        let over = match (self.parting, &self.channel) {
-            (Some(until), _) => now >= until,
-            (None, Some(channel)) => self.unwritable || channel.end().is_err(),
-            (None, None) => true,
+        let over = match self.parting {
+            Some(until) => now >= until,
+            None => self.unwritable || channel.end().is_err(),
         };
         self.parting.get_or_insert(now + PARTING);
         if over {

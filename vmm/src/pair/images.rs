@@ -204,10 +204,6 @@ impl Worker {
             if failed || self.over.load(Ordering::Acquire) {
                 continue;
             }
-            // To make all stable may take longer than a request: the state machine has an eye on that.
-            if !matches!(job, Job::Stable) {
-                self.under_way.begins();
-            }
             let performed = self.perform(job);
             self.under_way.ends();
             match performed {
@@ -228,6 +224,7 @@ impl Worker {
                 return Ok(Some(Told::Compared { disk, first, differing }));
             }
             Job::Write { disk, offset, bytes } => {
+                self.under_way.begins();
                 let image = self.writable(disk)?;
                 let written = image.copy.write(offset, &bytes);
                 written.map_err(|error| trouble("write", image, offset, &error))?;
@@ -239,6 +236,7 @@ impl Worker {
                 zeroed.map_err(|error| trouble("write", image, offset, &error))?;
             }
             Job::Barrier(_) => {}
+            // This may take longer than a request: the state machine has an eye on it.
             Job::Stable => {
                 for image in self.disks.iter().filter(|image| !image.read_only) {
                     image.copy.sync().map_err(|error| trouble("sync", image, 0, &error))?;

@@ -13,7 +13,7 @@ use ft::{Arbiter, Claim, FtStatus, Generation, Message, PairId};
 use rt_channel::{Receiver, Sender};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Link;
+use super::channel::{Link, PARTING};
 use super::status::{StatusCell, StatusWriter};
 use super::wire::Wire;
 use super::{Promptness, boot_time, run_first, wait};
@@ -22,7 +22,7 @@ use super::{Promptness, boot_time, run_first, wait};
 const STALE: Duration = Duration::from_millis(5);
 /// Whoever looks at the status waits for the thread no longer than this.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(100);
-/// The longest sleep, and how long the peer has to read the last words.
+/// The longest sleep.
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A state machine of [`ft`], as far as the loop knows it.
@@ -236,7 +236,7 @@ pub(super) trait Side {
             let core = self.core();
             if core.machine.ended() {
                 // The peer may never read our last words.
-                let until = *silent_at.get_or_insert_with(|| boot_time() + SECOND);
+                let until = *silent_at.get_or_insert_with(|| boot_time() + PARTING);
                 if !core.link.is_open() || boot_time() >= until {
                     return;
                 }

@@ -156,14 +156,13 @@ fn search(status: &FtStatus) -> Vec<Line<'static>> {
     else {
         return Vec::new();
     };
-    let standby = search.standby.as_deref().unwrap_or("none");
+    let whom = search.standby.as_ref().map_or(String::new(), |standby| format!(": {standby}"));
     let due = match search.next_attempt_ms {
         Some(left) => format!(" in {:.1} s", left as f64 / 1e3),
         None => String::new(),
     };
-    let attempts = search.attempts;
     let mut lines =
-        vec![Line::raw(format!("{}: {standby}{due}, {attempts} attempts", search.state))];
+        vec![Line::raw(format!("{}{whom}{due} (attempts: {})", search.state, search.attempts))];
     for StandbyError { standby, error } in &search.errors {
         lines.push(Line::raw(format!("  {standby}: {error}")));
     }
@@ -276,7 +275,7 @@ mod tests {
             shown(&screen, 80, 24)
         };
         let text = look(&search);
-        for part in ["searching: tcp:c:1 in 1.2 s, 4 attempts", "tcp:b:1: no room"] {
+        for part in ["searching: tcp:c:1 in 1.2 s (attempts: 4)", "tcp:b:1: no room"] {
             assert!(text.contains(part), "{part:?} is not on\n{text}");
         }
         search.state = "protected".into();
