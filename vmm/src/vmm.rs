@@ -318,11 +318,10 @@ impl Control for Vmm {
     }
 
     fn ft_status(&self) -> Result<FtStatus, ControlError> {
-        if let Some(status) = self.protection.status() {
+        // First the backup: it may go live while it is asked, and what is to be told then is the protection's.
+        let backup = self.backup().map(|backup| backup.status());
+        if let Some(status) = self.protection.status().or(backup) {
             return Ok(status);
-        }
-        if let Some(backup) = self.backup() {
-            return Ok(backup.status());
         }
         let mut status = self.lock().last.clone();
         if self.receiver.as_ref().is_some_and(|receiver| !receiver.ended()) {
