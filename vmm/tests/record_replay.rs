@@ -12,7 +12,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::mpsc::{self, TryRecvError};
+use std::time::{Duration, Instant};
 
 use ft::{Digest, Event, ExecutionPoint};
 use recording::{guest, record, replay};
@@ -43,8 +44,13 @@ struct Recording {
 
 impl Recording {
     /// Boots the guest with what `devices` adds to the configuration, has it run `load`, which powers it off.
-    /// `None`, said aloud, without a guest.
-    fn make(load: &str, devices: impl FnOnce(&mut VmConfig, &Path)) -> Option<Self> {
+    /// `watch` is called all along: what it finds wrong outside the guest ends the test by a panic. `None`, said
+    /// aloud, without a guest.
+    fn make(
+        load: &str,
+        devices: impl FnOnce(&mut VmConfig, &Path),
+        mut watch: impl FnMut(),
+    ) -> Option<Self> {
         let files = guest_directory();
         let (kernel, initramfs) = (files.join("vmlinuz"), files.join("initramfs"));
         if !kernel.exists() || !initramfs.exists() {
@@ -76,7 +82,10 @@ impl Recording {
         let outlet = Arc::new(backends);
         let mut file = File::create(scratch.path().join("log")).unwrap();
         let mut primary = guest(&config, &host, &payload);
-        let end = record(&mut primary, outlet, &events, &mut file, |_| false);
+        let end = record(&mut primary, outlet, &events, &mut file, |_| {
+            watch();
+            false
+        });
         drop(file);
         Some(Self { scratch, config, host, payload, end })
     }
@@ -109,12 +118,12 @@ impl Recording {
 #[test]
 fn a_recorded_guest_replays_to_equal_digests_twice() {
     let load = format!("dyad.exec=\"{LOAD}\"");
-    let made = Recording::make(&load, |config, scratch| {
+    let disk = |config: &mut VmConfig, scratch: &Path| {
         let path = Some(scratch.join("disk.img"));
         std::fs::write(scratch.join("disk.img"), vec![0x5a; DISK_BYTES]).unwrap();
         config.disks = Some(vec![vmm::config::DiskConfig { path, ..Default::default() }]);
-    });
-    let Some(recording) = made else { return };
+    };
+    let Some(recording) = Recording::make(&load, disk, || {}) else { return };
     let serial = recording.serial();
     assert_eq!(serial.matches("  /dev/vda").count(), 2, "both checksums were printed:\n{serial}");
     let image = recording.scratch.path().join("disk.img");
@@ -124,16 +133,31 @@ fn a_recorded_guest_replays_to_equal_digests_twice() {
     recording.replays_to_equal_digests_twice();
 }
 
+/// The guest's echo, and where it hears that everything came back: a guest that powered off when its echo had
+/// ended would take the unsent rest of the answer with it.
+const ECHO: &str = "10.99.9.2:7203";
+const DONE: &str = "10.99.9.2:7204";
+/// How long the guest may stay silent. It bounds a failure; no passing run waits for it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Connects to a guest that may not be up yet.
+fn connect(address: &str) -> TcpStream {
+    let address = address.parse().unwrap();
+    let given_up = Instant::now() + PATIENCE;
+    loop {
+        match TcpStream::connect_timeout(&address, Duration::from_secs(2)) {
+            Ok(stream) => return stream,
+            Err(error) => assert!(Instant::now() < given_up, "{address}: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// Sends `bytes` through the guest's echo and back, and compares.
 fn echo(bytes: usize) {
-    let address: std::net::SocketAddr = "10.99.9.2:7203".parse().unwrap();
-    let patience = Duration::from_secs(2);
-    // Until the guest is up nobody answers.
-    let mut stream = loop {
-        if let Ok(stream) = TcpStream::connect_timeout(&address, patience) {
-            break stream;
-        }
-    };
+    let mut stream = connect(ECHO);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
     let sent: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8 ^ (i >> 12) as u8).collect();
     let mut other = stream.try_clone().unwrap();
     let mut back = Vec::new();
@@ -145,6 +169,7 @@ fn echo(bytes: usize) {
         stream.read_to_end(&mut back).unwrap();
     });
     assert!(sent == back, "{} bytes went, {} came back", sent.len(), back.len());
+    connect(DONE);
 }
 
 /// The longest frame and the largest batch of the log.
@@ -169,17 +194,27 @@ fn a_guest_with_offloads_and_batches_replays_to_equal_digests_twice() {
         eprintln!("SKIPPED: a network needs root and /dev/net/tun");
         return;
     }
-    let load =
-        "dyad.ip=10.99.9.2/24 ipv6.disable=1 dyad.exec=\"nc -l -p 7203 -e cat; poweroff -f\"";
-    let client = std::thread::spawn(|| echo(6 << 20));
-    let made = Recording::make(load, |config, _| {
+    let load = "dyad.ip=10.99.9.2/24 ipv6.disable=1 \
+         dyad.exec=\"nc -l -p 7203 -e cat; nc -l -p 7204 -e true; poweroff -f\"";
+    let network = |config: &mut VmConfig, _: &Path| {
         let tap = Some("dyadrec0".to_owned());
         let (ip, mask) = (Some("10.99.9.1"), Some("255.255.255.0"));
         let [ip, mask] = [ip, mask].map(|text| text.map(|text| text.parse().unwrap()));
         config.net = Some(vec![vmm::config::NetConfig { tap, ip, mask, ..Default::default() }]);
+    };
+    let (succeeded, client) = mpsc::channel();
+    std::thread::spawn(move || {
+        echo(6 << 20);
+        succeeded.send(()).unwrap();
     });
-    let Some(recording) = made else { return };
-    client.join().unwrap();
+    let mut waiting = true;
+    // A guest whose client failed would never power off.
+    let watch = || match client.try_recv() {
+        Ok(()) => waiting = false,
+        Err(TryRecvError::Disconnected) => assert!(!waiting, "the client failed"),
+        Err(TryRecvError::Empty) => {}
+    };
+    let Some(recording) = Recording::make(load, network, watch) else { return };
     recording.serial();
     let (longest, most) = largest_received(&recording.log());
     println!("longest frame {longest} bytes, largest batch {most} frames");
