@@ -7,8 +7,9 @@
 //! milliseconds that records without an output are collected before they are appended here it leaves out.
 //!
 //! What is measured is old news: when a slow backup reports that a record took 100 ms, those behind it
-//! will take longer still. So the loop acts on what is coming, the instructions recorded and not yet
-//! executed by the rate at which the backup executes.
+//! will take longer still. So the loop acts on what is coming: the time that the primary ran for what the
+//! backup has not executed, by the backup's speed, which is how much of that it executes in a second.
+//! Instructions would be no measure: some take ten times as long as others, on both sides alike.
 //!
 //! What is taken is proportional to that and has no memory. A guest that never rests, on two hosts of the
 //! same speed, keeps every delay that its backup ever had, so its lag rises until a little is taken: just what
@@ -26,9 +27,10 @@ const LEAST_PERIOD: Duration = Duration::from_millis(5);
 /// The loop acts so often when nothing is heard: else it does with what is heard, without a wake-up of its own.
 const PERIOD: Duration = Duration::from_millis(20);
 
-/// The part of `max_lag` up to which nothing is taken. A few times what is collected before it is sent, or a
-/// backup that keeps up would be short of work between two pieces of log.
-const FREE: f64 = 0.2;
+/// The part of `max_lag` up to which nothing is taken. A few times what is collected before it is sent: a
+/// backup that keeps up must not be short of work between two pieces of log, nor because its processor was the
+/// slower one for a moment and is the faster one now.
+const FREE: f64 = 0.3;
 
 /// The part of `max_lag` at which the primary stands still. What it has recorded by then is executed within
 /// `max_lag` even if the rate was overestimated a little.
@@ -40,15 +42,29 @@ const MAX_SAMPLES: usize = 4096;
 /// Appends closer than this share a sample.
 const GRAIN: Duration = Duration::from_micros(200);
 
-/// Reports closer than this say little about the rate.
-const RATE_PERIOD: Duration = Duration::from_millis(4);
+/// Reports closer than this say little about the speed: there are milliseconds from record to record.
+const SPEED_PERIOD: Duration = Duration::from_millis(6);
+
+/// A primary that runs appends at least so often. One that took longer was idle in between, which takes a
+/// backup no time.
+const LONGEST_RUN: Duration = Duration::from_millis(10);
+
+/// A backup that stands still is taken to be so fast.
+const LEAST_SPEED: f64 = 0.001;
 
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     end: LogPosition,
-    point: ExecutionPoint,
+    mark: Mark,
     first: Duration,
     last: Duration,
+}
+
+/// A point, and for how long the primary had run when it came there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mark {
+    point: ExecutionPoint,
+    ran: Duration,
 }
 
 /// Measures lag and answers with a throttle.
@@ -56,13 +72,18 @@ struct Sample {
 pub struct LagControl {
     max_lag: Duration,
     samples: VecDeque<Sample>,
+    /// When the log grew last.
+    appended: Duration,
+    recorded: Mark,
     executed: LogPosition,
-    recorded_point: ExecutionPoint,
     executed_point: ExecutionPoint,
-    /// Since when the backup has had something to execute all the time, and its point then.
-    busy_from: Option<(Duration, ExecutionPoint)>,
-    /// Instructions per second that it executes when it has something to execute.
-    rate: Option<f64>,
+    /// The last sample that was executed whole.
+    behind: Mark,
+    /// Since when the backup has had something to execute all the time, and what it had executed then, as time
+    /// that the primary ran for it.
+    busy_from: Option<(Duration, Duration)>,
+    /// For how long the primary ran for what the backup executes in one unit of time.
+    speed: f64,
     lags: Histogram,
     throttle: f64,
     /// Time taken so far.
@@ -77,11 +98,13 @@ impl LagControl {
         Self {
             max_lag,
             samples: VecDeque::new(),
+            appended: now,
+            recorded: Mark::default(),
             executed: LogPosition(0),
-            recorded_point: ExecutionPoint(0),
             executed_point: ExecutionPoint(0),
+            behind: Mark::default(),
             busy_from: None,
-            rate: None,
+            speed: 1.0,
             lags: Histogram::default(),
             throttle: 0.0,
             taken: Duration::ZERO,
@@ -91,15 +114,18 @@ impl LagControl {
 
     /// The log now ends at `end`, the last record being at `point`.
     pub fn appended(&mut self, now: Duration, end: LogPosition, point: ExecutionPoint) {
-        self.recorded_point = point;
+        let elapsed = now.saturating_sub(self.appended).min(LONGEST_RUN);
+        self.appended = now;
+        self.recorded.point = point;
+        self.recorded.ran += elapsed.mul_f64(1.0 - self.throttle);
         let full = self.samples.len() >= MAX_SAMPLES;
         if let Some(last) = self.samples.back_mut()
             && (full || now.saturating_sub(last.first) < GRAIN)
         {
-            (last.end, last.point, last.last) = (end, point, now);
+            (last.end, last.mark, last.last) = (end, self.recorded, now);
             return;
         }
-        self.samples.push_back(Sample { end, point, first: now, last: now });
+        self.samples.push_back(Sample { end, mark: self.recorded, first: now, last: now });
     }
 
     /// The backup has executed the log up to `position`, and has come to `point`.
@@ -111,36 +137,45 @@ impl LagControl {
         }
         if let Some(sample) = newest {
             self.lags.add(now.saturating_sub(sample.last));
+            self.behind = sample.mark;
         }
         self.executed_point = self.executed_point.max(point);
-        self.measure_rate(now);
+        self.measure_speed(now);
     }
 
-    fn measure_rate(&mut self, now: Duration) {
-        let busy = !self.samples.is_empty();
-        match self.busy_from {
-            Some((since, from)) if busy => {
-                let elapsed = now.saturating_sub(since);
-                if elapsed >= RATE_PERIOD {
-                    let instructions = (self.executed_point.0 - from.0) as f64;
-                    let measured = (instructions / elapsed.as_secs_f64()).max(1.0);
-                    self.rate = Some(self.rate.map_or(measured, |rate| (rate + measured) / 2.0));
-                    self.busy_from = Some((now, self.executed_point));
-                }
-            }
-            _ => self.busy_from = busy.then_some((now, self.executed_point)),
+    fn measure_speed(&mut self, now: Duration) {
+        let executed = self.executed_ran();
+        if self.samples.is_empty() {
+            // Whoever has caught up is not slower.
+            self.speed = self.speed.max(1.0);
+            self.busy_from = None;
+            return;
         }
+        let (since, from) = *self.busy_from.get_or_insert((now, executed));
+        let elapsed = now.saturating_sub(since);
+        if elapsed >= SPEED_PERIOD {
+            let ran = executed.saturating_sub(from);
+            let measured = ran.as_secs_f64() / elapsed.as_secs_f64();
+            self.speed = ((self.speed + measured) / 2.0).max(LEAST_SPEED);
+            self.busy_from = Some((now, executed));
+        }
+    }
+
+    /// For how long the primary ran for what the backup has executed.
+    fn executed_ran(&self) -> Duration {
+        let Some(Sample { mark: next, .. }) = self.samples.front() else {
+            return self.recorded.ran;
+        };
+        let behind = self.behind;
+        let instructions = next.point.0.saturating_sub(behind.point.0).max(1) as f64;
+        let executed = self.executed_point.0.saturating_sub(behind.point.0) as f64;
+        behind.ran + (next.ran - behind.ran).mul_f64((executed / instructions).min(1.0))
     }
 
     /// How long the backup will take for what it has not executed.
     fn ahead(&self) -> Duration {
-        match (self.rate, self.samples.is_empty()) {
-            (Some(rate), false) => {
-                let left = self.recorded_point.0.saturating_sub(self.executed_point.0) as f64;
-                Duration::from_secs_f64((left / rate).min(3600.0))
-            }
-            _ => Duration::ZERO,
-        }
+        let left = self.recorded.ran - self.executed_ran();
+        left.div_f64(self.speed)
     }
 
     /// The lag now: the age of the oldest record not executed; zero when all were.
@@ -194,7 +229,11 @@ impl LagControl {
 
     /// The newest recorded point that lies in the log before `position`, as far as it is still known.
     pub fn point_before(&self, position: LogPosition) -> Option<ExecutionPoint> {
-        self.samples.iter().rev().find(|sample| sample.end <= position).map(|sample| sample.point)
+        self.samples
+            .iter()
+            .rev()
+            .find(|sample| sample.end <= position)
+            .map(|sample| sample.mark.point)
     }
 }
 
@@ -217,7 +256,7 @@ mod tests {
     ) -> Duration {
         let mut worst = ms(0);
         for now in from..to {
-            let recorded = control.recorded_point.0 + (1000.0 * (1.0 - control.throttle())) as u64;
+            let recorded = control.recorded.point.0 + (1000.0 * (1.0 - control.throttle())) as u64;
             control.appended(ms(now), LogPosition(recorded / 100), ExecutionPoint(recorded));
             *backlog = (*backlog + 1000.0 * speed).min(recorded as f64);
             let point = *backlog as u64;
@@ -266,6 +305,23 @@ mod tests {
         assert!(worst < ms(60), "lag reached {worst:?}");
         let share = control.taken().as_secs_f64() / 60.0;
         assert!(share < 0.025, "a backup that lacks 2 % of its time costs {share}");
+    }
+
+    #[test]
+    fn instructions_that_take_longer_on_both_sides_cost_nothing() {
+        let mut control = LagControl::new(ms(0), ms(100));
+        // Now fast instructions, now slow ones; the backup does the same 15 ms later.
+        let mut points = vec![0_u64];
+        for now in 0..2_000_u64 {
+            let instructions = if now / 70 % 2 == 0 { 1_000 } else { 50 };
+            points.push(points[now as usize] + instructions);
+            let (recorded, executed) =
+                (points[now as usize], points[now.saturating_sub(15) as usize]);
+            control.appended(ms(now), LogPosition(recorded), ExecutionPoint(recorded));
+            control.executed(ms(now), LogPosition(executed), ExecutionPoint(executed));
+            control.control(ms(now));
+        }
+        assert!(control.taken() < ms(10), "{:?} were taken", control.taken());
     }
 
     #[test]
