@@ -33,7 +33,7 @@ const PERIOD: Duration = Duration::from_millis(20);
 const FREE: f64 = 0.3;
 
 /// The part of `max_lag` at which the primary stands still. What it has recorded by then is executed within
-/// `max_lag` even if the rate was overestimated a little.
+/// `max_lag` even if the speed was overestimated a little.
 const FULL: f64 = 0.8;
 
 /// Samples kept; older neighbours are merged beyond.
