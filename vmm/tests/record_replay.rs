@@ -9,13 +9,14 @@ mod recording;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ft::{Digest, Event, ExecutionPoint};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use recording::{guest, record, replay};
 use vmm::backends::Backends;
 use vmm::boot::Payload;
@@ -133,29 +134,21 @@ fn a_recorded_guest_replays_to_equal_digests_twice() {
     recording.replays_to_equal_digests_twice();
 }
 
-/// The guest's echo, and where it hears that everything came back: a guest that powered off when its echo had
-/// ended would take the unsent rest of the answer with it.
-const ECHO: &str = "10.99.9.2:7203";
-const DONE: &str = "10.99.9.2:7204";
 /// How long the guest may stay silent. It bounds a failure; no passing run waits for it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Connects to a guest that may not be up yet.
-fn connect(address: &str) -> TcpStream {
-    let address = address.parse().unwrap();
-    let given_up = Instant::now() + PATIENCE;
-    loop {
-        match TcpStream::connect_timeout(&address, Duration::from_secs(2)) {
-            Ok(stream) => return stream,
-            Err(error) => assert!(Instant::now() < given_up, "{address}: {error}"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+/// The next connection that the guest makes.
+fn accept(listener: &TcpListener) -> TcpStream {
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    let patience = PollTimeout::try_from(PATIENCE).unwrap();
+    assert_eq!(poll(&mut fds, patience).unwrap(), 1, "the guest has not called");
+    listener.accept().unwrap().0
 }
 
-/// Sends `bytes` through the guest's echo and back, and compares.
-fn echo(bytes: usize) {
-    let mut stream = connect(ECHO);
+/// Sends `bytes` to the guest, which calls and sends them back, and compares. It calls again then, and waits until that
+/// ends: if it powered off when its echo had ended, the unsent rest of the answer would be lost.
+fn echo(listener: &TcpListener, bytes: usize) {
+    let mut stream = accept(listener);
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     let sent: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8 ^ (i >> 12) as u8).collect();
@@ -169,7 +162,7 @@ fn echo(bytes: usize) {
         stream.read_to_end(&mut back).unwrap();
     });
     assert!(sent == back, "{} bytes went, {} came back", sent.len(), back.len());
-    connect(DONE);
+    accept(listener);
 }
 
 /// The longest frame and the largest batch of the log.
@@ -195,26 +188,25 @@ fn a_guest_with_offloads_and_batches_replays_to_equal_digests_twice() {
         return;
     }
     let load = "dyad.ip=10.99.9.2/24 ipv6.disable=1 \
-         dyad.exec=\"nc -l -p 7203 -e cat; nc -l -p 7204 -e true; poweroff -f\"";
+         dyad.exec=\"nc 10.99.9.1 7203 -e cat; nc 10.99.9.1 7203 </dev/null; poweroff -f\"";
     let network = |config: &mut VmConfig, _: &Path| {
         let tap = Some("dyadrec0".to_owned());
         let (ip, mask) = (Some("10.99.9.1"), Some("255.255.255.0"));
         let [ip, mask] = [ip, mask].map(|text| text.map(|text| text.parse().unwrap()));
         config.net = Some(vec![vmm::config::NetConfig { tap, ip, mask, ..Default::default() }]);
     };
-    let (succeeded, client) = mpsc::channel();
-    std::thread::spawn(move || {
-        echo(6 << 20);
-        succeeded.send(()).unwrap();
-    });
-    let mut waiting = true;
-    // A guest whose client failed would never power off.
-    let watch = || match client.try_recv() {
-        Ok(()) => waiting = false,
-        Err(TryRecvError::Disconnected) => assert!(!waiting, "the client failed"),
-        Err(TryRecvError::Empty) => {}
+    let listener = TcpListener::bind("0.0.0.0:7203").unwrap();
+    let mut peer = Some(std::thread::spawn(move || echo(&listener, 6 << 20)));
+    // A guest whose peer failed would never power off.
+    let watch = || {
+        if let Some(ended) = peer.take_if(|peer| peer.is_finished()) {
+            ended.join().unwrap();
+        }
     };
     let Some(recording) = Recording::make(load, network, watch) else { return };
+    if let Some(peer) = peer {
+        peer.join().unwrap();
+    }
     recording.serial();
     let (longest, most) = largest_received(&recording.log());
     println!("longest frame {longest} bytes, largest batch {most} frames");
