@@ -181,13 +181,27 @@ impl Network {
     ///
     /// If `tc` refuses.
     pub fn limit(&self, side: Side, rate: Option<&str>) -> Result<()> {
-        let host = self.host(side);
-        match rate {
-            Some(rate) => host.tc(&format!(
-                "qdisc replace dev ft0 root tbf rate {rate} burst 128k latency 100ms"
-            )),
-            None => host.tc("qdisc del dev ft0 root"),
-        }
+        limit(self.host(side), "ft0", rate)
+    }
+
+    /// Limits what a host's guests and their clients can send each other, each way, as `1gbit`; `None` lifts the limit.
+    ///
+    /// # Errors
+    ///
+    /// If `tc` refuses.
+    pub fn limit_guests(&self, side: Side, rate: Option<&str>) -> Result<()> {
+        limit(self.host(side), "uplink", rate)?;
+        limit(&self.switch, &format!("host-{}", side.letter()), rate)
+    }
+}
+
+/// Limits what a namespace can send through one of its devices.
+fn limit(namespace: &Namespace, device: &str, rate: Option<&str>) -> Result<()> {
+    match rate {
+        Some(rate) => namespace.tc(&format!(
+            "qdisc replace dev {device} root tbf rate {rate} burst 128k latency 100ms"
+        )),
+        None => namespace.tc(&format!("qdisc del dev {device} root")),
     }
 }
 

@@ -14,7 +14,7 @@ fn a_smoke_run_gives_results_and_a_document() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let mut bench = Command::new(program("bench")?);
     bench.args(["--quick", "--kills", "1", "--fast-kills", "1"]);
-    for kind in ["processor", "redis", "receive"] {
+    for kind in ["processor", "redis mirrored", "receive 1 Gbit/s"] {
         bench.args(["--only", kind]);
     }
     bench.arg("--directory").arg(directory.path()).arg("--docs").arg(directory.path());
@@ -46,6 +46,7 @@ fn a_smoke_run_gives_results_and_a_document() -> Result<()> {
         ensure!(series.kills.len() == 1 && series.acknowledged.is_some(), "{series:?}");
         ensure!(series.kills[0].first_answer_ms > 0.0 && series.kills[0].live_ms() > 0.0);
     }
+    ensure!(results.exchange_us.is_some_and(|time| time > 0.0), "{results:?}");
     let document = std::fs::read_to_string(directory.path().join("performance.md"))?;
     for section in ["## Targets", "## Work", "## Beside VMware FT", "## Idle", "## Failover"] {
         ensure!(document.contains(section), "{section} is missing");

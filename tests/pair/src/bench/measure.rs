@@ -1,16 +1,19 @@
 //! The measurements: the same guest protected, unprotected, and unprotected beside another busy guest in turn; an idle
 //! one; kills.
 
+use super::exchange;
 use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
 use super::workloads::{ALL, START, Work};
 use crate::cpu_time::MachineTime;
 use crate::disk::Disk;
 use crate::kills::{Kill, Plan};
 use crate::lab::Lab;
+use crate::mirrors::{image_of, receive};
 use crate::network::Side;
-use crate::pair::{BOOT, Death, Pair, Timing};
+use crate::pair::{BOOT, Death, Pair, Protected, Timing};
 use crate::vmm::Vmm;
 use anyhow::{Context, Error, Result, ensure};
+use serde_json::json;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -61,7 +64,9 @@ pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
         .filter(|work| extent.only.is_empty() || extent.only.iter().any(|name| name == work.name))
         .collect();
     ensure!(!chosen.is_empty(), "no kind of work is named {:?}", extent.only);
-    let mut pair = Pair::boot_with(Lab::with_programs()?, START)?;
+    let lab = Lab::with_programs()?;
+    lab.disk.allocate()?;
+    let mut pair = Pair::boot_with(lab, START)?;
     let mut neighbour = Neighbour::boot(&pair.lab)?;
     keeper.results.machine.guest_kernel = pair.primary.console.run("uname -r", PATIENCE)?;
     for work in chosen {
@@ -70,6 +75,7 @@ pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
     }
     drop(neighbour);
     (keeper.tell)("idle");
+    keeper.results.exchange_us = Some(exchange::round_trip(&pair.lab.network)?.as_secs_f64() * 1e6);
     keeper.results.idle = Some(idle(&mut pair, extent.idle)?);
     keeper.keep()?;
     pair.power_off()?;
@@ -97,6 +103,9 @@ fn one_kind(
         amount: steps as f64 * work.step,
         runs: Vec::new(),
     });
+    if work.network.is_some() {
+        pair.lab.network.limit_guests(pair.side, work.network)?;
+    }
     // The first time reads programs from the disk; nobody measures that.
     (work.run)(pair, work.quick)?;
     for repetition in 0..extent.repetitions {
@@ -109,6 +118,9 @@ fn one_kind(
             keeper.results.workloads[at].runs.push(run);
             keeper.keep()?;
         }
+    }
+    if work.network.is_some() {
+        pair.lab.network.limit_guests(pair.side, None)?;
     }
     Ok(())
 }
@@ -185,9 +197,19 @@ fn beside_run(pair: &mut Pair, neighbour: &mut Neighbour, work: &Work, steps: u6
     Ok(Run { neighbour_cpu_seconds, ..run? })
 }
 
+/// Protects with mirrored disks; the second image is made when it is needed first.
+fn mirror(pair: &mut Pair) -> Result<Protected> {
+    let image = image_of(&pair.lab, pair.side.other());
+    if !image.exists() {
+        Disk::create(image.clone(), pair.lab.disk.path().metadata()?.len())?.allocate()?;
+    }
+    pair.protect_with(&receive(&image), &json!({ "disk_mode": "mirrored" }))
+}
+
 fn protected_run(pair: &mut Pair, _: &mut Neighbour, work: &Work, steps: u64) -> Result<Run> {
     // Each run has a protection of its own: what the status counts from its start is this run's.
-    let pause = pair.protect()?.pause;
+    let protected = if work.mirrored { mirror(pair) } else { pair.protect() };
+    let pause = protected?.pause;
     let backup_times = |pair: &Pair| {
         let backup = pair.backup.as_ref().context("no backup")?;
         Ok::<_, Error>((backup.cpu_time()?, backup.vcpu_time()?))

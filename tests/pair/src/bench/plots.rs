@@ -5,7 +5,10 @@ use plotters::coord::ranged1d::SegmentValue;
 use plotters::prelude::*;
 use std::path::Path;
 
-const SIZE: (u32, u32) = (860, 380);
+const HEIGHT: u32 = 380;
+const WIDTH: u32 = 860;
+/// Room for the name of a bar.
+const BAR_WIDTH: u32 = 104;
 const COLOURS: [RGBColor; 3] =
     [RGBColor(31, 119, 180), RGBColor(214, 39, 40), RGBColor(44, 160, 44)];
 const FONT: &str = "sans-serif";
@@ -34,7 +37,8 @@ const LINES: [(Height, RGBColor); 2] =
 ///
 /// If the file cannot be written.
 pub fn bars(path: &Path, title: &str, unit: &str, bars: &[Bar]) -> Result<()> {
-    draw(path, |root| {
+    let width = WIDTH.max(80 + BAR_WIDTH * bars.len() as u32);
+    draw(path, width, |root| {
         let highest =
             bars.iter().flat_map(|bar| [Some(bar.value), bar.target, bar.ceiling]).flatten();
         let top = highest.fold(0.0, f64::max).max(1e-3) * 1.1;
@@ -94,7 +98,7 @@ pub fn bars(path: &Path, title: &str, unit: &str, bars: &[Bar]) -> Result<()> {
 ///
 /// If the file cannot be written.
 pub fn distributions(path: &Path, title: &str, series: &[(String, Vec<f64>)]) -> Result<()> {
-    draw(path, |root| {
+    draw(path, WIDTH, |root| {
         let longest = series.iter().flat_map(|(_, values)| values).copied().fold(1.0, f64::max);
         let mut chart = ChartBuilder::on(root)
             .caption(title, (FONT, 18))
@@ -138,9 +142,9 @@ pub fn distributions(path: &Path, title: &str, series: &[(String, Vec<f64>)]) ->
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 type Root<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
-fn draw(path: &Path, plot: impl FnOnce(&Root) -> Drawn) -> Result<()> {
+fn draw(path: &Path, width: u32, plot: impl FnOnce(&Root) -> Drawn) -> Result<()> {
     let drawn = || -> Drawn {
-        let root = SVGBackend::new(path, SIZE).into_drawing_area();
+        let root = SVGBackend::new(path, (width, HEIGHT)).into_drawing_area();
         root.fill(&WHITE)?;
         plot(&root)?;
         root.present()?;

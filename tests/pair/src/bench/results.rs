@@ -14,6 +14,8 @@ pub struct Results {
     pub workloads: Vec<Workload>,
     /// A guest that does nothing.
     pub idle: Option<Idle>,
+    /// A message between the hosts and its answer, on the idle machine, microseconds.
+    pub exchange_us: Option<f64>,
     /// Kills, by timing.
     pub failovers: Vec<Failovers>,
 }

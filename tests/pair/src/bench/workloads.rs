@@ -24,6 +24,10 @@ pub struct Work {
     pub what: &'static str,
     /// Whether it waits for disk or network rather than for the processor.
     pub io: bool,
+    /// Whether each host has an image of its own when it is protected; else both share one.
+    pub mirrored: bool,
+    /// What the guest's network carries each way, in the words of `tc`, if that is limited.
+    pub network: Option<&'static str>,
     /// What is counted.
     pub unit: &'static str,
     /// How many of `unit` one step is.
@@ -36,112 +40,156 @@ pub struct Work {
     pub run: fn(&mut Pair, u64) -> Result<()>,
 }
 
+/// What the authors of VMware FT had between their guests and clients.
+const GIGABIT: Option<&str> = Some("1gbit");
+
+const PROCESSOR: Work = Work {
+    name: "processor",
+    what: "stress-ng's processor methods (integers, floating point, bits, search, primes and so on), verified",
+    io: false,
+    mirrored: false,
+    network: None,
+    unit: "operations",
+    step: 1.0,
+    steps: 300,
+    quick: 5,
+    run: |pair, steps| stress(pair, &format!("--cpu 1 --cpu-ops {steps}")),
+};
+
+const MEMORY: Work = Work {
+    name: "memory",
+    what: "stress-ng's memory methods over 32 MiB (patterns, flips, walks), each read back and verified",
+    steps: 20_000,
+    quick: 5_000,
+    run: |pair, steps| stress(pair, &format!("--vm 1 --vm-bytes 32M --vm-keep --vm-ops {steps}")),
+    ..PROCESSOR
+};
+
+const COMPILE: Work = Work {
+    name: "compile",
+    what: "gcc -O2 of a program of four files, linked and run; objects on the disk",
+    unit: "builds",
+    steps: 2,
+    quick: 1,
+    run: |pair, steps| said(pair, &format!("compile {steps} | tail -n 1"), "program: right"),
+    ..PROCESSOR
+};
+
+const REDIS: Work = Work {
+    name: "redis",
+    what: "redis, 16 clients, INCR; the append-only file is synced before each answer",
+    io: true,
+    mirrored: false,
+    network: None,
+    unit: "requests",
+    step: CLIENTS as f64,
+    steps: 600,
+    quick: 30,
+    run: increments,
+};
+
+const REDIS_MIRRORED: Work = Work {
+    name: "redis mirrored",
+    what: "the same, protected with mirrored disks: each host has its own image",
+    mirrored: true,
+    ..REDIS
+};
+
+const SQLITE: Work = Work {
+    name: "sqlite",
+    what: "sqlite, one client, an INSERT committed and synced before each answer",
+    unit: "transactions",
+    step: 1.0,
+    steps: 600,
+    quick: 20,
+    run: inserts,
+    ..REDIS
+};
+
+const SQLITE_MIRRORED: Work = Work {
+    name: "sqlite mirrored",
+    what: "the same, protected with mirrored disks",
+    mirrored: true,
+    ..SQLITE
+};
+
+const WEB: Work = Work {
+    name: "web",
+    what: "nginx, 16 clients, GET of 128 bytes on kept connections",
+    steps: 800,
+    quick: 40,
+    run: requests,
+    ..REDIS
+};
+
+const KEY_VALUE: Work = Work {
+    name: "key-value",
+    what: "redis, 16 clients, GET of 8 bytes: nothing goes to the disk",
+    steps: 1_500,
+    quick: 40,
+    run: reads,
+    ..REDIS
+};
+
+const RECEIVE: Work = Work {
+    name: "receive",
+    what: "one TCP stream into the guest, as fast as this machine can",
+    unit: "Mbit",
+    step: 8.0,
+    steps: 600,
+    quick: 10,
+    run: |pair, steps| streams::send(pair.lab.connect(streams::SINK)?, steps * 1_000_000),
+    ..REDIS
+};
+
+const RECEIVE_GIGABIT: Work = Work {
+    name: "receive 1 Gbit/s",
+    what: "the same over a network of 1 Gbit/s",
+    network: GIGABIT,
+    ..RECEIVE
+};
+
+const TRANSMIT: Work = Work {
+    name: "transmit",
+    what: "one TCP stream out of the guest, as fast as this machine can",
+    run: |pair, steps| streams::receive(&mut pair.lab.connect(streams::SOURCE)?, steps * 1_000_000),
+    ..RECEIVE
+};
+
+const TRANSMIT_GIGABIT: Work = Work {
+    name: "transmit 1 Gbit/s",
+    what: "the same over a network of 1 Gbit/s",
+    network: GIGABIT,
+    ..TRANSMIT
+};
+
+const ECHO: Work = Work {
+    name: "echo",
+    what: "64 bytes sent and sent back, one at a time: nothing but latency",
+    unit: "requests",
+    step: 1.0,
+    steps: 8_000,
+    quick: 200,
+    run: |pair, steps| streams::echo(&mut pair.lab.connect(streams::ECHO)?, steps),
+    ..REDIS
+};
+
 /// Every kind, in the order of the document.
-pub const ALL: [Work; 10] = [
-    Work {
-        name: "processor",
-        what: "stress-ng's processor methods (integers, floating point, bits, search, primes and so on), verified",
-        io: false,
-        unit: "operations",
-        step: 1.0,
-        steps: 300,
-        quick: 5,
-        run: |pair, steps| stress(pair, &format!("--cpu 1 --cpu-ops {steps}")),
-    },
-    Work {
-        name: "memory",
-        what: "stress-ng's memory methods over 32 MiB (patterns, flips, walks), each read back and verified",
-        io: false,
-        unit: "operations",
-        step: 1.0,
-        steps: 20_000,
-        quick: 5_000,
-        run: |pair, steps| {
-            stress(pair, &format!("--vm 1 --vm-bytes 32M --vm-keep --vm-ops {steps}"))
-        },
-    },
-    Work {
-        name: "compile",
-        what: "gcc -O2 of a program of four files, linked and run; objects on the disk",
-        io: false,
-        unit: "builds",
-        step: 1.0,
-        steps: 2,
-        quick: 1,
-        run: |pair, steps| said(pair, &format!("compile {steps} | tail -n 1"), "program: right"),
-    },
-    Work {
-        name: "redis",
-        what: "redis, 16 clients, INCR; the append-only file is synced before each answer",
-        io: true,
-        unit: "requests",
-        step: CLIENTS as f64,
-        steps: 600,
-        quick: 30,
-        run: increments,
-    },
-    Work {
-        name: "sqlite",
-        what: "sqlite, one client, an INSERT committed and synced before each answer",
-        io: true,
-        unit: "transactions",
-        step: 1.0,
-        steps: 600,
-        quick: 20,
-        run: inserts,
-    },
-    Work {
-        name: "web",
-        what: "nginx, 16 clients, GET of 128 bytes on kept connections",
-        io: true,
-        unit: "requests",
-        step: CLIENTS as f64,
-        steps: 800,
-        quick: 40,
-        run: requests,
-    },
-    Work {
-        name: "key-value",
-        what: "redis, 16 clients, GET of 8 bytes: nothing goes to the disk",
-        io: true,
-        unit: "requests",
-        step: CLIENTS as f64,
-        steps: 1_500,
-        quick: 40,
-        run: reads,
-    },
-    Work {
-        name: "receive",
-        what: "one TCP stream into the guest",
-        io: true,
-        unit: "Mbit",
-        step: 8.0,
-        steps: 600,
-        quick: 10,
-        run: |pair, steps| streams::send(pair.lab.connect(streams::SINK)?, steps * 1_000_000),
-    },
-    Work {
-        name: "transmit",
-        what: "one TCP stream out of the guest",
-        io: true,
-        unit: "Mbit",
-        step: 8.0,
-        steps: 600,
-        quick: 10,
-        run: |pair, steps| {
-            streams::receive(&mut pair.lab.connect(streams::SOURCE)?, steps * 1_000_000)
-        },
-    },
-    Work {
-        name: "echo",
-        what: "64 bytes sent and sent back, one at a time: nothing but latency",
-        io: true,
-        unit: "requests",
-        step: 1.0,
-        steps: 8_000,
-        quick: 200,
-        run: |pair, steps| streams::echo(&mut pair.lab.connect(streams::ECHO)?, steps),
-    },
+pub const ALL: [Work; 14] = [
+    PROCESSOR,
+    MEMORY,
+    COMPILE,
+    REDIS,
+    REDIS_MIRRORED,
+    SQLITE,
+    SQLITE_MIRRORED,
+    WEB,
+    KEY_VALUE,
+    RECEIVE,
+    RECEIVE_GIGABIT,
+    TRANSMIT,
+    TRANSMIT_GIGABIT,
+    ECHO,
 ];
 
 /// Runs `command` in the guest, which must say `expected`.
