@@ -45,9 +45,9 @@ const GRAIN: Duration = Duration::from_micros(200);
 /// Reports closer than this say little about the speed: there are milliseconds from record to record.
 const SPEED_PERIOD: Duration = Duration::from_millis(6);
 
-/// A primary that runs appends at least so often. One that took longer was idle in between, which takes a
-/// backup no time.
-const LONGEST_RUN: Duration = Duration::from_millis(10);
+/// A primary that runs must append more often than this: one that took longer counts as idle in between, which takes
+/// a backup no time.
+pub const LONGEST_RUN: Duration = Duration::from_millis(10);
 
 /// A backup that stands still is taken to be so fast.
 const LEAST_SPEED: f64 = 0.001;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use ft::lag::LONGEST_RUN;
 use ft::{Digest, Encoder, Entry, Event, ExecutionPoint, LogPosition, OutputNumber, PageHashes};
 use rt_channel::Sender;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,6 +24,8 @@ const FLUSH_BYTES: usize = 1 << 20;
 /// Guest time after which the log of a guest that makes no output is sent on. Each piece wakes the ft threads of both
 /// sides several times, and they run on the processors that the guests need.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(8);
+const _: () =
+    assert!(FLUSH_INTERVAL.as_nanos() < LONGEST_RUN.as_nanos(), "else running looks like idling");
 
 /// What the vCPU thread hands to the ft thread, in order.
 pub enum FromVcpu {
