@@ -1,7 +1,7 @@
 //! The measurements: the same guest protected, unprotected, and unprotected beside another busy guest in turn; an idle
 //! one; kills.
 
-use super::exchange;
+use super::bare::bare;
 use super::results::{Failover, Failovers, Idle, Machine, Protection, Results, Run, Workload};
 use super::workloads::{ALL, START, Work};
 use crate::cpu_time::MachineTime;
@@ -75,7 +75,7 @@ pub fn work(extent: &Extent, keeper: &mut Keeper) -> Result<()> {
     }
     drop(neighbour);
     (keeper.tell)("idle");
-    keeper.results.exchange_us = Some(exchange::round_trip(&pair.lab.network)?.as_secs_f64() * 1e6);
+    keeper.results.bare = Some(bare(&pair.lab.network, pair.lab.directory())?);
     keeper.results.idle = Some(idle(&mut pair, extent.idle)?);
     keeper.keep()?;
     pair.power_off()?;

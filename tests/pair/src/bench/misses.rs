@@ -1,6 +1,6 @@
 //! The part of the document that says why ratios were missed: what another guest costs, and what lockstep does.
 
-use super::results::{Results, Workload};
+use super::results::{Bare, Results, Workload};
 use super::targets::wanted_ratio;
 use anyhow::Result;
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
          each piece\nof log and each acknowledgement) and, where processors are idle, outputs that wait for the \
          acknowledgement. Work that waits\nfor a shared disk waits longer: each write waits for an acknowledgement too, and \
          completes only when it is stable, for a dead host's cache is lost;\nunprotected, only what the guest flushes is \
-         made stable. Mirrored disks need neither.\n\n\
+         made stable. Mirrored disks need neither, but here both are on one disk, which two real hosts would not share.\n\n\
          | work | ratio | beside another guest | of that | ceiling | primary's processor time | idle, protected |\n\
          | --- | --- | --- | --- | --- | --- | --- |"
     )?;
@@ -34,24 +34,33 @@ pub(super) fn write(text: &mut String, results: &Results) -> Result<()> {
         writeln!(text, "{row}")?;
     }
     writeln!(text)?;
-    if let Some(echo) = missed.iter().find(|work| work.name == "echo") {
-        latency(text, echo, results.exchange_us)?;
+    if let Some(bare) = &results.bare {
+        machine(text, bare, missed.iter().find(|work| work.name == "echo"))?;
     }
     Ok(())
 }
 
-/// What one client feels that waits for each answer before it asks again.
-fn latency(text: &mut String, echo: &Workload, exchange_us: Option<f64>) -> Result<()> {
-    let seconds = echo.median(false, |run| run.seconds);
-    let (Some(seconds), Some(exchange)) = (seconds, exchange_us) else { return Ok(()) };
-    let request = seconds * 1e6 / echo.amount;
+/// What comes from the machine alone.
+fn machine(text: &mut String, bare: &Bare, echo: Option<&&Workload>) -> Result<()> {
+    let Bare { exchange_us: exchange, sync_us, sync_beside_us } = bare;
     writeln!(
         text,
         "No acknowledgement can come sooner than a message and its answer take between two idle threads on the two hosts: \
-         {exchange:.0} µs\non this machine. A request of `echo` takes {request:.0} µs unprotected; that exchange added to it, and nothing \
-         else, is a ratio of {:.2}.\n",
-        request / (request + exchange)
+         {exchange:.0} µs\non this machine. A synced write takes {sync_us:.0} µs, and {sync_beside_us:.0} µs while another file \
+         is written like that, as a mirrored image is."
     )?;
+    if let Some(echo) = echo
+        && let Some(seconds) = echo.median(false, |run| run.seconds)
+    {
+        let request = seconds * 1e6 / echo.amount;
+        writeln!(
+            text,
+            "A request of `echo` takes {request:.0} µs unprotected; one such exchange added to it, and nothing else, is a ratio \
+             of {:.2}.",
+            request / (request + exchange)
+        )?;
+    }
+    writeln!(text)?;
     Ok(())
 }
 

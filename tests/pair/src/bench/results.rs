@@ -14,8 +14,8 @@ pub struct Results {
     pub workloads: Vec<Workload>,
     /// A guest that does nothing.
     pub idle: Option<Idle>,
-    /// A message between the hosts and its answer, on the idle machine, microseconds.
-    pub exchange_us: Option<f64>,
+    /// The machine without a pair.
+    pub bare: Option<Bare>,
     /// Kills, by timing.
     pub failovers: Vec<Failovers>,
 }
@@ -113,6 +113,17 @@ pub struct Idle {
     pub backup_cpu_seconds: f64,
     /// Processor time of the same guest unprotected, in the same time.
     pub unprotected_cpu_seconds: f64,
+}
+
+/// What the machine takes with no pair there, median microseconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Bare {
+    /// A message between the hosts and its answer.
+    pub exchange_us: f64,
+    /// A write of one block, made stable.
+    pub sync_us: f64,
+    /// The same while another file is written like that.
+    pub sync_beside_us: f64,
 }
 
 /// Kills under one timing.
