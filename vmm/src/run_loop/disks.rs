@@ -8,7 +8,7 @@
 //!
 //! Where a backup does requests itself, the log says when each completed, and how. It applies a completion there when its
 //! own has come as well: [`FollowedDisks`]. Both sides then read the same, since a front half hands out together only
-//! requests that can be done in any order, and both do.
+//! requests that can be done in any order, and both do. Its flushes alone nobody waits for: [`Flushes`].
 //!
 //! What the primary cannot know to be the same on both images, since a write failed on its own, has what is read there
 //! shipped in the log: [`RecordedDisks`].
@@ -19,6 +19,7 @@ use std::sync::Arc;
 use ft::{DiskMode, DiskReads, Event, LogPosition, Terms};
 use virtio_devices::{BlockOp, BlockRequest, BlockStatus, SECTOR_SIZE};
 
+use super::flushes::Flushes;
 use super::outgoing::Outlet;
 use super::ranges::Ranges;
 use crate::guest::Guest;
@@ -231,6 +232,7 @@ pub struct FollowedDisks {
     /// What was issued here and has not been completed in the log; what this side made of it, once it has. The front half
     /// bounds how many there are and what they hold.
     issued: BTreeMap<(u8, u64), (BlockRequest, Option<Outcome>)>,
+    flushes: Flushes,
     /// What was completed for the guest while the host still works on it: nobody waits for how that ends.
     strays: BTreeSet<(u8, u64)>,
 }
@@ -266,8 +268,13 @@ impl FollowedDisks {
     /// Of a backup that does none.
     #[must_use]
     pub fn none() -> Self {
-        let (issued, strays) = (BTreeMap::new(), BTreeSet::new());
-        Self { plan: DiskPlan::Primary, outlet: None, issued, strays }
+        Self {
+            plan: DiskPlan::Primary,
+            outlet: None,
+            issued: BTreeMap::new(),
+            flushes: Flushes::default(),
+            strays: BTreeSet::new(),
+        }
     }
 
     /// Of a backup that does what `plan` says by way of `outlet`.
@@ -288,6 +295,9 @@ impl FollowedDisks {
         else {
             return;
         };
+        if request.op == BlockOp::Flush {
+            return self.flushes.want(device, request);
+        }
         let request = self.plan.request(request);
         self.issued.insert((device, request.id), (request.clone(), None));
         outlet.block(device, request);
@@ -296,19 +306,40 @@ impl FollowedDisks {
     /// This side has done a request.
     pub fn completed(&mut self, event: Event) {
         let Event::DiskCompletion { device, request, status, data } = event else { return };
-        if self.strays.remove(&(device, request)) {
+        let ok = status == BlockStatus::Ok.byte();
+        if self.strays.remove(&(device, request))
+            || self
+                .outlet
+                .as_ref()
+                .is_some_and(|outlet| self.flushes.completed(device, request, ok, &**outlet))
+        {
             return;
         }
         if let Some((_, outcome)) = self.issued.get_mut(&(device, request)) {
-            *outcome = Some(Outcome { ok: status == BlockStatus::Ok.byte(), data });
+            *outcome = Some(Outcome { ok, data });
         }
     }
 
-    /// The log says that a request has completed.
-    pub fn settle(&mut self, event: Event) -> Settled {
+    /// Begins the flushes that are due at this guest time.
+    pub fn begin_flushes(&mut self, now_ns: u64) {
+        if let Some(outlet) = &self.outlet {
+            self.flushes.begin_due(now_ns, &**outlet);
+        }
+    }
+
+    /// Whether all is stable that the guest has flushed; if not, it is under way.
+    pub fn make_stable(&mut self, now_ns: u64) -> bool {
+        self.outlet.as_ref().is_none_or(|outlet| self.flushes.make_stable(now_ns, &**outlet))
+    }
+
+    /// The log says that a request has completed, at this guest time.
+    pub fn settle(&mut self, event: Event, now_ns: u64) -> Settled {
         let Event::DiskCompletion { device, request: id, status, ref data } = event else {
             return Settled::Apply(event);
         };
+        if let Some(failed) = self.flushes.overdue(device, now_ns) {
+            return Settled::Wait { event, device, failed };
+        }
         let key = (device, id);
         let ok = status == BlockStatus::Ok.byte();
         let Some((request, outcome)) = self.issued.get_mut(&key) else {
@@ -462,6 +493,12 @@ mod tests {
         fn announce(&self) {}
     }
 
+    impl Noted {
+        fn take(&self) -> Vec<(u64, bool)> {
+            std::mem::take(&mut *self.0.lock().unwrap())
+        }
+    }
+
     fn following(plan: DiskPlan, ops: &[BlockOp]) -> (FollowedDisks, Arc<Noted>) {
         let noted = Arc::new(Noted::default());
         let mut disks = FollowedDisks::new(plan, Arc::clone(&noted) as Arc<dyn Outlet>);
@@ -475,15 +512,15 @@ mod tests {
     fn a_completion_is_applied_when_both_sides_have_done_it() {
         let (mut disks, noted) = following(DiskPlan::Mirrored, &[read(0, 1), write(1, 1)]);
         let wait = |event: Event, failed| Settled::Wait { event, device: 1, failed };
-        assert_eq!(disks.settle(done(0, OK, b"")), wait(done(0, OK, b""), false));
+        assert_eq!(disks.settle(done(0, OK, b""), 0), wait(done(0, OK, b""), false));
         disks.completed(done(1, FAILED, b""));
         disks.completed(done(0, OK, b"ours"));
-        assert_eq!(disks.settle(done(0, OK, b"")), Settled::Apply(done(0, OK, b"ours")));
+        assert_eq!(disks.settle(done(0, OK, b""), 0), Settled::Apply(done(0, OK, b"ours")));
         // Failed here alone: tried again. Failed there as well: so it is.
-        assert_eq!(disks.settle(done(1, OK, b"")), wait(done(1, OK, b""), true));
-        assert_eq!(disks.settle(done(1, OK, b"")), wait(done(1, OK, b""), false));
+        assert_eq!(disks.settle(done(1, OK, b""), 0), wait(done(1, OK, b""), true));
+        assert_eq!(disks.settle(done(1, OK, b""), 0), wait(done(1, OK, b""), false));
         disks.completed(done(1, FAILED, b""));
-        assert_eq!(disks.settle(done(1, FAILED, b"")), Settled::Apply(done(1, FAILED, b"")));
+        assert_eq!(disks.settle(done(1, FAILED, b""), 0), Settled::Apply(done(1, FAILED, b"")));
         assert_eq!(*noted.0.lock().unwrap(), [(0, false), (1, false), (1, true)]);
     }
 
@@ -493,9 +530,9 @@ mod tests {
         disks.completed(done(0, OK, b"ours"));
         disks.completed(done(1, OK, b"ours"));
         let shipped = done(0, OK, b"theirs");
-        assert_eq!(disks.settle(shipped.clone()), Settled::Apply(shipped));
+        assert_eq!(disks.settle(shipped.clone(), 0), Settled::Apply(shipped));
         let failed = done(1, FAILED, b"");
-        assert_eq!(disks.settle(failed.clone()), Settled::Apply(failed));
+        assert_eq!(disks.settle(failed.clone(), 0), Settled::Apply(failed));
     }
 
     #[test]
@@ -503,9 +540,9 @@ mod tests {
         let ops = [read(0, 1), write(1, 1), read(2, 1)];
         let (mut disks, noted) = following(DiskPlan::BackupReads, &ops);
         assert_eq!(*noted.0.lock().unwrap(), [(0, false), (2, false)]);
-        assert_eq!(disks.settle(done(1, OK, b"")), Settled::Apply(done(1, OK, b"")));
+        assert_eq!(disks.settle(done(1, OK, b""), 0), Settled::Apply(done(1, OK, b"")));
         let failed = done(0, FAILED, b"");
-        assert_eq!(disks.settle(failed.clone()), Settled::Apply(failed));
+        assert_eq!(disks.settle(failed.clone(), 0), Settled::Apply(failed));
         disks.completed(done(0, OK, b"late"));
         assert_eq!(disks.under_way().running, [(1, 2)]);
     }
@@ -517,7 +554,7 @@ mod tests {
         disks.completed(done(2, OK, b"ours"));
         for request in 0..3 {
             let failed = done(request, FAILED, b"");
-            assert_eq!(disks.settle(failed.clone()), Settled::Apply(failed));
+            assert_eq!(disks.settle(failed.clone(), 0), Settled::Apply(failed));
         }
         disks.completed(done(0, OK, b"late"));
         let all = disks.under_way();
@@ -527,12 +564,67 @@ mod tests {
 
     #[test]
     fn going_live_takes_over_what_is_done_and_what_runs() {
-        let ops = [read(0, 1), write(1, 1), BlockOp::Flush];
+        let ops = [read(0, 1), write(1, 1), write(2, 1)];
         let (mut disks, _) = following(DiskPlan::Mirrored, &ops);
         disks.completed(done(0, OK, b"ours"));
         disks.completed(done(1, FAILED, b""));
         let all = disks.under_way();
         assert_eq!((all.done, all.running), (vec![done(0, OK, b"ours")], vec![(1, 2)]));
+    }
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn flushes_are_gathered_and_nobody_waits_for_them() {
+        let flush = |id| BlockRequest { id, op: BlockOp::Flush };
+        let (mut disks, noted) = following(DiskPlan::Mirrored, &[]);
+        for id in 0..3 {
+            disks.issue(1, flush(id));
+            disks.begin_flushes(id);
+            assert_eq!(disks.settle(done(id, OK, b""), id), Settled::Apply(done(id, OK, b"")));
+        }
+        assert_eq!(noted.take(), [(0, false)]);
+        // One at a time, and not before its time.
+        disks.begin_flushes(100 * MS);
+        assert_eq!(noted.take(), []);
+        disks.completed(done(0, OK, b""));
+        disks.begin_flushes(100 * MS - 1);
+        assert_eq!(noted.take(), []);
+        disks.begin_flushes(100 * MS);
+        assert_eq!(noted.take(), [(2, false)]);
+        disks.completed(done(2, OK, b""));
+        disks.begin_flushes(300 * MS);
+        assert_eq!(noted.take(), []);
+    }
+
+    #[test]
+    fn before_it_goes_live_all_is_stable_that_was_flushed() {
+        let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush, BlockOp::Flush]);
+        assert!(!disks.make_stable(0));
+        assert_eq!(noted.take(), [(1, false)]);
+        disks.issue(1, BlockRequest { id: 2, op: BlockOp::Flush });
+        assert!(!disks.make_stable(0));
+        disks.completed(done(1, OK, b""));
+        assert!(!disks.make_stable(0), "one was wanted since");
+        disks.completed(done(2, OK, b""));
+        assert!(disks.make_stable(0));
+        assert_eq!(noted.take(), [(2, false)]);
+        assert!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0));
+    }
+
+    #[test]
+    fn a_flush_that_fails_or_hangs_is_waited_for_after_a_while() {
+        let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush, write(0, 1)]);
+        disks.begin_flushes(0);
+        disks.completed(done(1, OK, b""));
+        let write = || done(1, OK, b"");
+        let wait = |failed| Settled::Wait { event: write(), device: 1, failed };
+        assert_eq!(disks.settle(write(), 1001 * MS), wait(false));
+        disks.completed(done(0, FAILED, b""));
+        assert_eq!(disks.settle(write(), 1001 * MS), wait(true));
+        assert_eq!(noted.take(), [(1, false), (0, false), (0, true)]);
+        disks.completed(done(0, OK, b""));
+        assert_eq!(disks.settle(write(), 1001 * MS), Settled::Apply(write()));
     }
 
     #[test]

@@ -18,6 +18,7 @@
 //! as a record that both sides apply at the same execution point.
 
 pub mod disks;
+pub mod flushes;
 pub mod gather;
 pub mod inbox;
 pub mod live;
@@ -329,10 +330,12 @@ impl RunLoop {
             },
             Driver::Replay(replay) => match replay.advance(&mut self.guest)? {
                 replay::Next::Again => Ok(Flow::Continue),
-                replay::Next::LogEmpty => match self.go_live.take() {
-                    Some(go_live) => self.go_live(*go_live),
-                    None => self.wait(None),
-                },
+                replay::Next::LogEmpty => {
+                    match self.go_live.take_if(|_| replay.make_stable(&self.guest)) {
+                        Some(go_live) => self.go_live(*go_live),
+                        None => self.wait(None),
+                    }
+                }
                 replay::Next::AwaitsDisk => self.wait(None),
                 replay::Next::Paused(paused) => {
                     self.set_paused(paused);

@@ -149,6 +149,12 @@ impl Replay {
         }
     }
 
+    /// Whether all is stable that the guest has flushed on this side's disks; if not, that is under way, and completions will
+    /// come. Asked before [`Self::go_live`].
+    pub fn make_stable(&mut self, guest: &Guest) -> bool {
+        self.disks.make_stable(guest.tsc())
+    }
+
     /// The log has ended and been executed: what was still to come out comes out now, and the guest runs
     /// on alone.
     pub fn go_live(mut self, guest: &Guest, outlet: &Arc<dyn Outlet>) -> Live {
@@ -183,15 +189,18 @@ impl Replay {
     fn apply_next(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
         let Some((record, position)) = self.next.take() else { return Ok(Next::LogEmpty) };
         let point = record.point;
+        self.disks.begin_flushes(guest.tsc());
         let entry = match record.entry {
-            Entry::Event(event @ Event::DiskCompletion { .. }) => match self.disks.settle(event) {
-                Settled::Apply(event) => Entry::Event(event),
-                Settled::Wait { event, device, failed } => {
-                    self.next = Some((Record { point, entry: Entry::Event(event) }, position));
-                    self.observer.awaits_disk(device, failed);
-                    return Ok(Next::AwaitsDisk);
+            Entry::Event(event @ Event::DiskCompletion { .. }) => {
+                match self.disks.settle(event, guest.tsc()) {
+                    Settled::Apply(event) => Entry::Event(event),
+                    Settled::Wait { event, device, failed } => {
+                        self.next = Some((Record { point, entry: Entry::Event(event) }, position));
+                        self.observer.awaits_disk(device, failed);
+                        return Ok(Next::AwaitsDisk);
+                    }
                 }
-            },
+            }
             entry => entry,
         };
         let record = Record { point, entry };
@@ -263,8 +272,13 @@ impl Replay {
                 Routed::Reset => end = Some(Next::Rebooted),
             }
         }
-        if end == Some(Next::Rebooted) {
-            guest.reboot()?;
+        match end {
+            Some(Next::Rebooted) => guest.reboot()?,
+            // Nothing more may come that would have them begin.
+            Some(Next::PoweredOff) => {
+                self.disks.make_stable(guest.tsc());
+            }
+            _ => {}
         }
         Ok(end)
     }

@@ -1,0 +1,102 @@
+//! The flushes of a backup that has images of its own.
+//!
+//! Nobody is told that something is stable on a backup: what its guest has flushed is stable on the primary's image, and what
+//! the primary has let out the backup holds in its memory, executed or not. So its guest does not wait for these
+//! flushes. They are gathered, and done one at a time on each disk, with a pause between them: a disk that syncs once for many
+//! flushes keeps up where one that syncs for each would hold back the primary, too.
+//!
+//! What must hold: a side goes live only when all that its guest has flushed is stable here, too. A flush that fails or hangs
+//! is noticed: it is tried again, and before long the guest's other requests to that disk wait for it.
+
+use std::collections::BTreeMap;
+
+use virtio_devices::BlockRequest;
+
+use super::outgoing::Outlet;
+
+/// Guest time from the begin of one flush to that of the next, in nanoseconds. What is written in that time has to become
+/// stable before a backup goes live.
+const INTERVAL_NS: u64 = 100_000_000;
+
+/// Guest time, in nanoseconds, that a flush may take before the guest waits for it.
+const OVERDUE_NS: u64 = 1_000_000_000;
+
+/// See the module's documentation. Times are guest times in nanoseconds.
+#[derive(Debug, Default)]
+pub struct Flushes(BTreeMap<u8, Disk>);
+
+#[derive(Debug, Default)]
+struct Disk {
+    /// The newest flush of the guest that was not begun.
+    wanted: Option<BlockRequest>,
+    running: Option<Running>,
+    /// When the next may begin.
+    next_ns: u64,
+}
+
+#[derive(Debug)]
+struct Running {
+    request: BlockRequest,
+    since_ns: u64,
+    /// It is tried again.
+    failed: bool,
+}
+
+impl Disk {
+    fn begin(&mut self, device: u8, now_ns: u64, outlet: &dyn Outlet) {
+        if self.running.is_none()
+            && let Some(request) = self.wanted.take()
+        {
+            self.next_ns = now_ns.saturating_add(INTERVAL_NS);
+            let running = Running { request: request.clone(), since_ns: now_ns, failed: false };
+            self.running = Some(running);
+            outlet.block(device, request);
+        }
+    }
+}
+
+impl Flushes {
+    /// The guest wants all writes to be stable that were completed before.
+    pub fn want(&mut self, device: u8, request: BlockRequest) {
+        self.0.entry(device).or_default().wanted = Some(request);
+    }
+
+    /// Begins what is due.
+    pub fn begin_due(&mut self, now_ns: u64, outlet: &dyn Outlet) {
+        for (device, disk) in &mut self.0 {
+            if now_ns >= disk.next_ns {
+                disk.begin(*device, now_ns, outlet);
+            }
+        }
+    }
+
+    /// Begins whatever the guest wants, due or not. True if everything is stable.
+    pub fn make_stable(&mut self, now_ns: u64, outlet: &dyn Outlet) -> bool {
+        for (device, disk) in &mut self.0 {
+            disk.begin(*device, now_ns, outlet);
+        }
+        self.0.values().all(|disk| disk.running.is_none())
+    }
+
+    /// A request has ended. False if it is none of these.
+    pub fn completed(&mut self, device: u8, id: u64, ok: bool, outlet: &dyn Outlet) -> bool {
+        let Some(disk) = self.0.get_mut(&device) else { return false };
+        let Some(running) = disk.running.as_mut().filter(|running| running.request.id == id) else {
+            return false;
+        };
+        if ok {
+            disk.running = None;
+        } else {
+            running.failed = true;
+            outlet.block_patiently(device, running.request.clone());
+        }
+        true
+    }
+
+    /// Whether the guest must wait for a flush on this disk; if so, whether that has failed and is tried again.
+    #[must_use]
+    pub fn overdue(&self, device: u8, now_ns: u64) -> Option<bool> {
+        let running = self.0.get(&device)?.running.as_ref()?;
+        (now_ns > running.since_ns.saturating_add(OVERDUE_NS)).then_some(running.failed)
+    }
+}
