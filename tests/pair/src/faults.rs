@@ -9,7 +9,7 @@ use crate::kills::progress;
 use crate::lab::Lab;
 use crate::mirrors;
 use crate::network::Side;
-use crate::pair::{CHANGE, Death, LOGGING_PORT, Pair, wait_for_status};
+use crate::pair::{CHANGE, Death, LOGGING_PORT, Pair, listen_url, wait_for_status};
 use crate::patience::eventually;
 use crate::proxy::{Proxy, Weather};
 use crate::vmm::Vmm;
@@ -308,7 +308,9 @@ impl Storm {
     /// Balances the account, on each image there is.
     fn settle(&self, mut pair: Pair, load: Load) -> Result<Verdict> {
         if self.disk_mode == DiskMode::Mirrored {
-            self.protect(&mut pair, &json!({})).with_context(|| pair.describe())?;
+            // A survivor would look for a backup behind the proxy of the last fault.
+            let direct = json!({ "backup_url": listen_url(pair.side.other()) });
+            self.protect(&mut pair, &direct).with_context(|| pair.describe())?;
             progress(&load, SOME)?;
             mirrors::alike(&pair).with_context(|| pair.describe())?;
         }

@@ -334,7 +334,8 @@ pub fn merge(body: &mut Value, more: &Value) {
 }
 
 /// Where a standby on this host waits.
-fn listen_url(side: Side) -> String {
+#[must_use]
+pub fn listen_url(side: Side) -> String {
     format!("tcp:{}:{LOGGING_PORT}", side.address())
 }
 
