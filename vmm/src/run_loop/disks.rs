@@ -306,12 +306,10 @@ impl FollowedDisks {
     /// This side has done a request.
     pub fn completed(&mut self, event: Event) {
         let Event::DiskCompletion { device, request, status, data } = event else { return };
+        let Some(outlet) = &self.outlet else { return };
         let ok = status == BlockStatus::Ok.byte();
         if self.strays.remove(&(device, request))
-            || self
-                .outlet
-                .as_ref()
-                .is_some_and(|outlet| self.flushes.completed(device, request, ok, &**outlet))
+            || self.flushes.completed(device, request, ok, &**outlet)
         {
             return;
         }
@@ -330,6 +328,13 @@ impl FollowedDisks {
     /// Whether all is stable that the guest has flushed; if not, it is under way.
     pub fn make_stable(&mut self, now_ns: u64) -> bool {
         self.outlet.as_ref().is_none_or(|outlet| self.flushes.make_stable(now_ns, &**outlet))
+    }
+
+    /// The guest has switched itself off: has its last flushes done.
+    pub fn end(&mut self) {
+        if let Some(outlet) = &self.outlet {
+            self.flushes.begin_last(&**outlet);
+        }
     }
 
     /// The log says that a request has completed, at this guest time.
@@ -610,6 +615,17 @@ mod tests {
         assert!(disks.make_stable(0));
         assert_eq!(noted.take(), [(2, false)]);
         assert!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0));
+    }
+
+    #[test]
+    fn a_guest_that_ends_has_its_last_flush_done_beside_the_one_that_runs() {
+        let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush]);
+        disks.begin_flushes(0);
+        disks.issue(1, BlockRequest { id: 1, op: BlockOp::Flush });
+        disks.end();
+        assert_eq!(noted.take(), [(0, false), (1, false)]);
+        disks.end();
+        assert_eq!(noted.take(), []);
     }
 
     #[test]

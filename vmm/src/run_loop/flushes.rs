@@ -2,11 +2,12 @@
 //!
 //! Nobody is told that something is stable on a backup: what its guest has flushed is stable on the primary's image, and what
 //! the primary has let out the backup holds in its memory, executed or not. So its guest does not wait for these
-//! flushes. They are gathered, and done one at a time on each disk, with a pause between them: a disk that syncs once for many
-//! flushes keeps up where one that syncs for each would hold back the primary, too.
+//! flushes. They are gathered, and done one at a time on each disk, with a pause between them: a disk that is slow to sync
+//! does not hold back both guests.
 //!
-//! What must hold: a side goes live only when all that its guest has flushed is stable here, too. A flush that fails or hangs
-//! is noticed: it is tried again, and before long the guest's other requests to that disk wait for it.
+//! What must hold: a side goes live only when all that its guest has flushed is stable here, too; and when the guest switches
+//! itself off, nothing that it has flushed is left undone. A flush that fails or hangs is noticed: it is tried again, and before
+//! long the guest's other requests to that disk wait for it.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +15,7 @@ use virtio_devices::BlockRequest;
 
 use super::outgoing::Outlet;
 
-/// Guest time from the begin of one flush to that of the next, in nanoseconds. What is written in that time has to become
+/// Guest time from the start of one flush to that of the next, in nanoseconds. What is written in that time has to become
 /// stable before a backup goes live.
 const INTERVAL_NS: u64 = 100_000_000;
 
@@ -76,6 +77,15 @@ impl Flushes {
             disk.begin(*device, now_ns, outlet);
         }
         self.0.values().all(|disk| disk.running.is_none())
+    }
+
+    /// The guest has ended: begins whatever it wants, beside what runs, for no later record would.
+    pub fn begin_last(&mut self, outlet: &dyn Outlet) {
+        for (device, disk) in &mut self.0 {
+            if let Some(request) = disk.wanted.take() {
+                outlet.block(*device, request);
+            }
+        }
     }
 
     /// A request has ended. False if it is none of these.

@@ -274,10 +274,7 @@ impl Replay {
         }
         match end {
             Some(Next::Rebooted) => guest.reboot()?,
-            // Nothing more may come that would have them begin.
-            Some(Next::PoweredOff) => {
-                self.disks.make_stable(guest.tsc());
-            }
+            Some(Next::PoweredOff) => self.disks.end(),
             _ => {}
         }
         Ok(end)
