@@ -20,6 +20,12 @@ pub fn image_of(lab: &Lab, side: Side) -> PathBuf {
     }
 }
 
+/// What `ft.enable` says.
+#[must_use]
+pub fn mirrored() -> Value {
+    json!({ "disk_mode": "mirrored" })
+}
+
 /// What `ft.receive` says of an image that is not where the primary has its own.
 #[must_use]
 pub fn receive(image: &Path) -> Value {

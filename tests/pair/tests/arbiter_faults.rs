@@ -12,7 +12,7 @@ use ledger_client::load::{Load, Options};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::network::{CLIENT, Side};
-use pair_tests::pair::{CHANGE, Death, LOGGING_PORT, Pair, wait_for_status};
+use pair_tests::pair::{CHANGE, Death, Pair, listen_url, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
 use pair_tests::vmm::Vmm;
@@ -202,7 +202,7 @@ fn etcd_decides_also_with_one_member_dead() -> Result<()> {
 fn refused_for_the_backups_sake(pair: &Pair) -> Result<()> {
     let other = pair.side.other();
     let backup = pair.lab.start(other, &[])?;
-    let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
+    let listen = listen_url(other);
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
     let enable = pair.lab.enable(&listen);
     let error = match pair.primary.api().put_json("ft.enable", &enable) {

@@ -5,7 +5,7 @@ use ledger_client::load::Options;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::network::Side;
-use pair_tests::pair::{LOGGING_PORT, Pair};
+use pair_tests::pair::{LOGGING_PORT, Pair, listen_url};
 use pair_tests::requirements::{Need, met};
 use pair_tests::vmm::Vmm;
 use serde_json::{Value, json};
@@ -127,7 +127,7 @@ fn a_running_guest_is_unharmed_by_wrong_calls_and_wrong_peers() -> Result<()> {
     let load = pair.lab.load(Options::new(pair.lab.service()?, "bad-input"))?;
     let claims = format!("file:{}", pair.lab.claims().display());
     let other = pair.side.other();
-    let nobody = format!("tcp:{}:{LOGGING_PORT}", other.address());
+    let nobody = listen_url(other);
 
     // A backup that is not there, then one that is something else.
     let enable = json!({ "backup_url": nobody, "arbiter_url": claims });

@@ -10,7 +10,7 @@ use pair_tests::guest::program;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
 use pair_tests::network::Side;
-use pair_tests::pair::{Death, LOGGING_PORT, Pair, merge, wait_for_status};
+use pair_tests::pair::{Death, LOGGING_PORT, Pair, listen_url, merge, wait_for_status};
 use pair_tests::requirements::{Need, met};
 use pair_tests::vmm::Vmm;
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ impl Story {
     }
 
     fn url(&self) -> String {
-        format!("tcp:{}:{LOGGING_PORT}", self.other().address())
+        listen_url(self.other())
     }
 
     fn address(&self) -> Result<SocketAddr> {

@@ -13,7 +13,7 @@ use nix::unistd::mkfifo;
 use pair_tests::faults::{Fault, Storm, proxy, through};
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
-use pair_tests::pair::{CHANGE, LOGGING_PORT, Pair, wait_for_status};
+use pair_tests::pair::{CHANGE, Pair, listen_url, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::proxy::{Proxy, Weather};
 use pair_tests::requirements::{Need, met};
@@ -119,7 +119,7 @@ fn enter(phase: Phase, pair: &mut Pair, proxy: &Proxy) -> Result<()> {
     });
     let other = pair.side.other();
     let backup = pair.lab.start(other, &[])?;
-    let listen = format!("tcp:{}:{LOGGING_PORT}", other.address());
+    let listen = listen_url(other);
     backup.api().put_json("ft.receive", &json!({ "listen_url": listen }))?;
     pair.backup = Some(backup);
     let enable = through(proxy, pair.lab.enable(&listen));

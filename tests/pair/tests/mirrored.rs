@@ -7,9 +7,9 @@ use ledger_client::load::{Load, Options};
 use pair_tests::disk::Disk;
 use pair_tests::kills::progress;
 use pair_tests::lab::Lab;
-use pair_tests::mirrors::{alike, image_of, receive};
+use pair_tests::mirrors::{alike, image_of, mirrored, receive};
 use pair_tests::network::Side;
-use pair_tests::pair::{CHANGE, Death, Pair, wait_for_status};
+use pair_tests::pair::{CHANGE, Death, Pair, listen_url, wait_for_status};
 use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
 use serde_json::{Value, json};
@@ -26,12 +26,8 @@ fn image_of_b(lab: &Lab) -> PathBuf {
     image_of(lab, Side::B)
 }
 
-fn mirrored() -> Value {
-    json!({ "disk_mode": "mirrored" })
-}
-
 fn for_good() -> Value {
-    let standbys = [Side::A, Side::B].map(|side| format!("tcp:{}:7700", side.address()));
+    let standbys = [Side::A, Side::B].map(listen_url);
     json!({ "disk_mode": "mirrored", "standbys": standbys })
 }
 

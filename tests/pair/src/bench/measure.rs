@@ -8,12 +8,11 @@ use crate::cpu_time::MachineTime;
 use crate::disk::Disk;
 use crate::kills::{Kill, Plan};
 use crate::lab::Lab;
-use crate::mirrors::{image_of, receive};
+use crate::mirrors::{image_of, mirrored, receive};
 use crate::network::Side;
 use crate::pair::{BOOT, Death, Pair, Protected, Timing};
 use crate::vmm::Vmm;
 use anyhow::{Context, Error, Result, ensure};
-use serde_json::json;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -203,7 +202,7 @@ fn mirror(pair: &mut Pair) -> Result<Protected> {
     if !image.exists() {
         Disk::create(image.clone(), pair.lab.disk.path().metadata()?.len())?.allocate()?;
     }
-    pair.protect_with(&receive(&image), &json!({ "disk_mode": "mirrored" }))
+    pair.protect_with(&receive(&image), &mirrored())
 }
 
 fn protected_run(pair: &mut Pair, _: &mut Neighbour, work: &Work, steps: u64) -> Result<Run> {

@@ -6,7 +6,7 @@ use ledger_client::stats::Distribution;
 use ledger_client::verdict::Verdict;
 use pair_tests::lab::Lab;
 use pair_tests::network::{CLIENT, Side};
-use pair_tests::pair::{BOOT, Death, LOGGING_PORT, Pair};
+use pair_tests::pair::{BOOT, Death, Pair, listen_url};
 use pair_tests::requirements::{Need, met};
 use pair_tests::soak::watch;
 use std::time::{Duration, Instant};
@@ -93,7 +93,7 @@ fn protect(story: &Story, mut pair: Pair) -> Result<(Pair, Load)> {
         "the client at {CLIENT} opens one TCP connection to {address} and keeps it"
     ));
     story.tell("host b waits for a VM, host a is told to protect its own:");
-    let url = format!("tcp:{}:{LOGGING_PORT}", Side::B.address());
+    let url = listen_url(Side::B);
     let claims = pair.lab.claims();
     story.command(Side::B, &dyad(&pair.lab, Side::B, "b2.sock"));
     story
