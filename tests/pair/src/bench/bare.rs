@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 const PORT: u16 = 7701;
 const EXCHANGES: usize = 10_000;
-/// A record of an output with its message around it; an acknowledgement.
-const SIZES: [usize; 2] = [200, 50];
+/// Bytes of a message like a piece of log with an output.
+const MESSAGE: usize = 200;
+/// Bytes of an answer like an acknowledgement.
+const ANSWER: usize = 50;
 const PATIENCE: Duration = Duration::from_secs(10);
 const SYNCS: usize = 3_000;
 const BLOCK: usize = 4096;
@@ -79,14 +81,14 @@ fn round_trip(network: &Network) -> Result<Duration> {
         stream.set_read_timeout(Some(PATIENCE))?;
     }
     let answers = std::thread::spawn(move || -> std::io::Result<()> {
-        let (mut message, answer) = ([0; SIZES[0]], [0; SIZES[1]]);
+        let (mut message, answer) = ([0; MESSAGE], [0; ANSWER]);
         for _ in 0..EXCHANGES {
             answering.read_exact(&mut message)?;
             answering.write_all(&answer)?;
         }
         Ok(())
     });
-    let (message, mut answer) = ([0; SIZES[0]], [0; SIZES[1]]);
+    let (message, mut answer) = ([0; MESSAGE], [0; ANSWER]);
     let mut times = Vec::with_capacity(EXCHANGES);
     for _ in 0..EXCHANGES {
         let start = Instant::now();

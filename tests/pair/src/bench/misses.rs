@@ -45,9 +45,9 @@ fn machine(text: &mut String, bare: &Bare, echo: Option<&&Workload>) -> Result<(
     let Bare { exchange_us: exchange, sync_us, sync_beside_us } = bare;
     writeln!(
         text,
-        "No acknowledgement can come sooner than a message and its answer take between two idle threads on the two hosts: \
-         {exchange:.0} µs\non this machine. A synced write takes {sync_us:.0} µs, and {sync_beside_us:.0} µs while another file \
-         is written like that, as a mirrored image is."
+        "An acknowledgement is a message between the hosts and its answer. Between two idle threads that alone takes \
+         {exchange:.0} µs on this machine.\nA synced write takes {sync_us:.0} µs, and {sync_beside_us:.0} µs while another file \
+         on the same disk is written like that."
     )?;
     if let Some(echo) = echo
         && let Some(seconds) = echo.median(false, |run| run.seconds)

@@ -79,13 +79,12 @@ const REDIS: Work = Work {
     name: "redis",
     what: "redis, 16 clients, INCR; the append-only file is synced before each answer",
     io: true,
-    mirrored: false,
-    network: None,
     unit: "requests",
     step: CLIENTS as f64,
     steps: 600,
     quick: 30,
     run: increments,
+    ..PROCESSOR
 };
 
 const REDIS_MIRRORED: Work = Work {
