@@ -86,13 +86,13 @@ impl Feedback {
         self.executed.store(position.0, Ordering::Release);
     }
 
-    /// The part of its time that the guest must give away, 0 to 1. True if it stood still until now: the
-    /// vCPU thread must be woken.
+    /// The part of its time that the guest must give away, 0 to 1. True if it was more until now: the vCPU thread,
+    /// which may rest for longer than it must any more, is to be woken.
     #[must_use]
     pub fn set_throttle(&self, fraction: f64) -> bool {
         let permille = (fraction.clamp(0.0, 1.0) * 1000.0).round() as u32;
         let before = self.throttle_permille.swap(permille, Ordering::AcqRel);
-        before == 1000 && permille < 1000
+        permille < before
     }
 
     /// Stops the guest because the log buffers are full, or lets it go on; after the latter the vCPU

@@ -2,28 +2,32 @@
 //!
 //! Used while a backup falls behind, and while a copy is made of a guest that changes faster than it can be
 //! sent. What it rests is measured against the time that it has run, so that a guest which sleeps by itself
-//! has done part of its resting already, and one which is woken often gains nothing by it. Guest time goes on
+//! has done part of its resting already, and one which is woken often gains nothing by it. A debt is kept as time
+//! run and not as rest: it costs what is taken now, however much was taken when it was made. Guest time goes on
 //! meanwhile: to the guest its processor has become slower.
 
 use std::time::{Duration, Instant};
 
-/// A debt of rest shorter than this is added to the next.
-const LEAST_REST: Duration = Duration::from_micros(200);
+/// A debt of rest shorter than this is added to the next: a processor that fell idle comes back slower, for a while, and
+/// so costs both sides more than the rest is long when rests are short and many.
+const LEAST_REST: Duration = Duration::from_millis(2);
 /// No rest is longer, that a guest which ran on because the host was busy does not pay for it.
 const LONGEST_REST: Duration = Duration::from_millis(50);
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Throttle {
-    /// When the guest will have rested enough for what it has run.
-    rested_at: Option<Instant>,
+    /// What it has run and not rested for.
+    ran: Duration,
+    /// Until when rest has been counted.
+    counted: Option<Instant>,
     /// When it was last let run.
     ran_from: Option<Instant>,
 }
 
 impl Throttle {
     /// The guest is about to run, `fraction` (0 to 1) of its time being taken. `Some` if it must rest first,
-    /// for so long. At 1 it never runs: who changes the fraction then wakes the thread.
+    /// for so long. Who lowers the fraction wakes the thread; at 1 the guest never runs.
     pub fn before_run(&mut self, fraction: f64, now: impl FnOnce() -> Instant) -> Option<Duration> {
         if fraction <= 0.0 {
             *self = Self::default();
@@ -33,9 +37,14 @@ impl Throttle {
             return Some(LONGEST_REST);
         }
         let now = now();
-        let rest = self.rested_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
+        let cost = cost(fraction);
+        if let Some(counted) = self.counted.replace(now) {
+            let rested = now.saturating_duration_since(counted);
+            self.ran = self.ran.saturating_sub(rested.div_f64(cost));
+        }
+        let rest = self.ran.mul_f64(cost);
         if rest >= LEAST_REST {
-            return Some(rest);
+            return Some(rest.min(LONGEST_REST));
         }
         self.ran_from = Some(now);
         None
@@ -45,11 +54,15 @@ impl Throttle {
     pub fn after_run(&mut self, fraction: f64, now: impl FnOnce() -> Instant) {
         let Some(ran_from) = self.ran_from.take() else { return };
         let now = now();
-        let ran = now.saturating_duration_since(ran_from);
-        let rest = ran.mul_f64((fraction / (1.0 - fraction)).clamp(0.0, 1e4)).min(LONGEST_REST);
-        let from = self.rested_at.map_or(ran_from, |at| at.max(ran_from)) + ran;
-        self.rested_at = Some(from + rest);
+        self.ran += now.saturating_duration_since(ran_from);
+        self.ran = self.ran.min(LONGEST_REST.div_f64(cost(fraction)));
+        self.counted = Some(now);
     }
+}
+
+/// The rest that a unit of running costs, more than 0. Bounded, that no time overflows.
+fn cost(fraction: f64) -> f64 {
+    (fraction / (1.0 - fraction)).clamp(1e-4, 1e4)
 }
 
 #[cfg(test)]
@@ -104,9 +117,10 @@ mod tests {
         let now = Instant::now();
         let mut throttle = Throttle::default();
         assert_eq!(throttle.before_run(0.9, || now), None);
-        let later = now + Duration::from_millis(1);
+        let later = now + Duration::from_millis(3);
         throttle.after_run(0.9, || later);
-        assert_eq!(throttle.before_run(0.9, || later), Some(Duration::from_millis(9)));
+        assert_eq!(throttle.before_run(0.9, || later), Some(Duration::from_millis(27)));
+        assert_eq!(throttle.before_run(0.5, || later), Some(Duration::from_millis(3)));
         assert_eq!(throttle.before_run(0.0, || later), None);
         assert_eq!(throttle.before_run(0.9, || later), None);
     }
