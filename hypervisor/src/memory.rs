@@ -16,7 +16,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::Error;
 
@@ -39,6 +39,25 @@ pub fn allocate(ranges: &[(u64, usize)]) -> Result<GuestMemory, Error> {
         ranges.iter().map(|(start, len)| (GuestAddress(*start), *len)).collect();
     GuestMemory::from_ranges(&ranges)
         .map_err(|error| Error::MapMemory { bytes, source: std::io::Error::other(error) })
+}
+
+/// Lets the host back `memory` with transparent huge pages: a guest that touches much of it costs the host fewer
+/// translations, and may hold more of the host's memory than it touches.
+///
+/// # Errors
+///
+/// If the host's kernel has none.
+pub fn allow_huge_pages(memory: &GuestMemory) -> std::io::Result<()> {
+    for region in memory.iter() {
+        // SAFETY: the range is the region's own mapping, which `memory` keeps alive, and the advice changes
+        // neither what it holds nor who may access it.
+        let result =
+            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// Flags of the pages of one region. Clones share them.
@@ -155,5 +174,45 @@ impl NewBitmap for PageTracker {
         let pages =
             Pages { flags, has_stale: AtomicBool::new(false), stale: Mutex::new(Vec::new()) };
         PageTracker { pages: Arc::new(pages), offset: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The flags of the mapping that holds `address`, of `/proc/self/smaps`.
+    fn flags_of_mapping(address: usize) -> Vec<String> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in maps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let bounds = range
+                .map(|(from, to)| (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16)));
+            if let Some((Ok(from), Ok(to))) = bounds {
+                inside = (from..to).contains(&address);
+            }
+            if let Some(flags) = line.strip_prefix("VmFlags:").filter(|_| inside) {
+                return flags.split_whitespace().map(str::to_owned).collect();
+            }
+        }
+        panic!("no mapping holds {address:#x}");
+    }
+
+    #[test]
+    fn huge_pages_are_used_where_they_are_allowed() {
+        if !std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+            println!("skipped: the kernel has no transparent huge pages");
+            return;
+        }
+        let ranges = [(0, 4 << 20), (1 << 32, 2 << 20)];
+        let (allowed, other) = (allocate(&ranges).unwrap(), allocate(&ranges).unwrap());
+        allow_huge_pages(&allowed).unwrap();
+        for (memory, is_allowed) in [(&allowed, true), (&other, false)] {
+            for region in memory.iter() {
+                let flags = flags_of_mapping(region.as_ptr() as usize);
+                assert_eq!(flags.iter().any(|flag| flag == "hg"), is_allowed, "{flags:?}");
+            }
+        }
     }
 }

@@ -70,6 +70,11 @@ impl Prepared {
         host: Option<HostFacts>,
     ) -> Result<Self, VmError> {
         let memory = hypervisor::memory::allocate(&layout::ram_ranges(config.memory.size))?;
+        if config.memory.thp
+            && let Err(error) = hypervisor::memory::allow_huge_pages(&memory)
+        {
+            log::info!("guest memory is without transparent huge pages: {error}");
+        }
         let slot: Arc<OnceLock<InboxSender<Message>>> = Arc::default();
         let backends = Backends::open(&config, event_sink(Arc::clone(&slot)))?;
         let host = host.unwrap_or_else(|| HostFacts {
