@@ -41,8 +41,8 @@ pub fn allocate(ranges: &[(u64, usize)]) -> Result<GuestMemory, Error> {
         .map_err(|error| Error::MapMemory { bytes, source: std::io::Error::other(error) })
 }
 
-/// Lets the host back `memory` with transparent huge pages: a guest that touches much of it costs the host fewer
-/// translations, and may hold more of the host's memory than it touches.
+/// Lets the host back `memory` with transparent huge pages (madvise(2), `MADV_HUGEPAGE`). A guest may so hold more of the
+/// host's memory than it touches.
 ///
 /// # Errors
 ///
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_are_used_where_they_are_allowed() {
+    fn huge_pages_are_allowed_where_asked_for_and_nowhere_else() {
         if !std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
             println!("skipped: the kernel has no transparent huge pages");
             return;

@@ -8,8 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-/// A debt of rest shorter than this is added to the next: a processor that fell idle comes back slower, for a while, and
-/// so costs both sides more than the rest is long when rests are short and many.
+/// A debt of rest shorter than this is added to the next: each rest costs a sleep and a wake-up.
 const LEAST_REST: Duration = Duration::from_millis(2);
 /// No rest is longer, that a guest which ran on because the host was busy does not pay for it.
 const LONGEST_REST: Duration = Duration::from_millis(50);
