@@ -77,6 +77,43 @@ fn a_stock_kernel_boots_keeps_time_idles_reboots_and_powers_off() -> Result<()> 
     Ok(())
 }
 
+/// Flags of the mappings of process `pid` that are large enough to be its guest's memory: 256 MiB.
+fn flags_of_guest_memory(pid: u32) -> Result<Vec<String>> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut large, mut flags) = (false, Vec::new());
+    for line in maps.lines() {
+        if let Some(size) = line.strip_prefix("Size:") {
+            large = size.trim().trim_end_matches(" kB").parse::<u64>()? >= 256 << 10;
+        }
+        flags.extend(line.strip_prefix("VmFlags:").filter(|_| large).map(str::to_owned));
+    }
+    Ok(flags)
+}
+
+#[test]
+fn huge_pages_are_asked_for_unless_a_vm_is_not_to_have_them() -> Result<()> {
+    if !met("huge pages", &NEEDS) {
+        return Ok(());
+    }
+    if !std::fs::exists("/sys/kernel/mm/transparent_hugepage")? {
+        println!("skipped: the kernel has no transparent huge pages");
+        return Ok(());
+    }
+    for (memory, wanted) in [("size=256M", true), ("size=256M,thp=off", false)] {
+        let lab = Lab::new()?;
+        let mut options = lab.boot_options("");
+        let given = options.iter_mut().find(|option| *option == "size=256M");
+        *given.context("the lab's guests have other memory")? = memory.to_owned();
+        let mut vmm = lab.start(Side::A, &options)?;
+        vmm.console.wait_for("# ", BOOT)?;
+        let flags = flags_of_guest_memory(vmm.pid())?;
+        ensure!(!flags.is_empty(), "no mapping is as large as the guest's memory");
+        let asked = flags.iter().any(|flags| flags.split_whitespace().any(|flag| flag == "hg"));
+        ensure!(asked == wanted, "{memory}: {flags:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_restored_guest_goes_on_on_the_same_connection() -> Result<()> {
     if !met("pause, snapshot, restore", &NEEDS) {
