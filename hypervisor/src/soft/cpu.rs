@@ -181,6 +181,8 @@ pub struct Cpu {
     pub cpl: u8,
     /// Devices and pages with decoded code may be accessed: the instruction runs as a single step.
     pub(super) single_step: bool,
+    /// A table walk for a fetch wrote to a page with decoded code.
+    pub(super) fetched_over_code: bool,
     /// Leave the inner loop after this instruction: look at interrupts and at what changed.
     pub attention: bool,
     /// No interrupt is taken before the next instruction has retired (STI, MOV SS).
@@ -268,6 +270,7 @@ impl Cpu {
             segments: [Segment::default(); 8],
             cpl: 0,
             single_step: false,
+            fetched_over_code: false,
             attention: false,
             interrupt_shadow: false,
             halted: false,

@@ -4,6 +4,7 @@
 use super::cpu::{CR0_PG, CR0_WP, CR4_SMAP, CR4_SMEP, Cpu, EFER_NXE, Trap, TrapKind};
 use super::exception::PAGE_FAULT;
 use super::tlb::{Access, Context, PageKind};
+use crate::memory::CODE;
 
 /// Width of guest-physical addresses; higher bits are reserved in page table entries. CPUID says the same.
 pub const PHYSICAL_ADDRESS_BITS: u32 = 46;
@@ -137,12 +138,29 @@ impl Cpu {
                 set |= DIRTY;
             }
             if entry & set != set {
-                self.ram.write_u64(*address, entry | set);
+                self.write_entry(*address, entry | set, access)?;
             }
         }
         let offset = (1 << shift) - 1;
         let physical = (leaf & ADDRESS & !offset) | (linear & offset);
         Ok(Translation { physical, kind: PageKind { global: leaf & GLOBAL != 0, shift } })
+    }
+
+    /// Writes a page table entry. Where decoded code lies beside it, that is a store to code like any other: what it
+    /// changes is gone before the next block runs, and the running one is left before.
+    fn write_entry(&mut self, address: u64, entry: u64, access: Access) -> Result<(), Trap> {
+        let tracked = self.ram.tracker(address);
+        if tracked.is_some_and(|(tracker, page)| tracker.flags(page) & CODE != 0) {
+            if access == Access::Fetch {
+                // Between two blocks.
+                self.fetched_over_code = true;
+            } else if !self.single_step {
+                self.trap = TrapKind::SingleStep;
+                return Err(Trap);
+            }
+        }
+        self.ram.write_u64(address, entry);
+        Ok(())
     }
 
     /// Drops cached translations: all, or all but those of global pages.

@@ -2,8 +2,9 @@
 //!
 //! An execution point is the first moment at which the count of retired instructions has a value: a fault or an
 //! interrupt delivered there changes state without changing the count. So
-//! `run` returns only at such first moments (but for [`Exit::Shutdown`]), and a kick waits until an instruction has
-//! retired after a delivery; otherwise a replay, which knows nothing but the count, would stop elsewhere.
+//! `run` returns only at such first moments, and a kick waits until an instruction has retired after a delivery; otherwise
+//! a replay, which knows nothing but the count, would stop elsewhere. A shutdown is counted like an instruction: what was
+//! applied before and what is applied to the machine that starts over have points of their own.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,6 +66,7 @@ impl Core {
             let cpu = &mut *self.cpu;
             cpu.attention = false;
             if std::mem::take(&mut cpu.shutdown) {
+                cpu.retired += 1;
                 return Exit::Shutdown;
             }
             if first_moment {
@@ -125,7 +127,12 @@ impl Core {
                 cpu.fetch_physical | (cpu.rip & !PAGE_MASK)
             } else {
                 match cpu.enter_page() {
-                    Ok(physical) => physical,
+                    Ok(physical) => {
+                        if std::mem::take(&mut cpu.fetched_over_code) {
+                            self.drop_written_code();
+                        }
+                        physical
+                    }
                     Err(Trap) => {
                         let (vector, error_code) = exception(cpu.trap, false);
                         self.deliver(vector, error_code, Source::Exception);
@@ -133,6 +140,7 @@ impl Core {
                     }
                 }
             };
+            let cpu = &mut *self.cpu;
             let key = block::key(physical, cpu.mode);
             let number = match self.blocks.linked(self.last, link, key) {
                 Some(number) => number,
@@ -261,6 +269,10 @@ impl Core {
                 Ok(())
             }
         });
+        if std::mem::take(&mut cpu.fetched_over_code) {
+            self.drop_written_code();
+        }
+        let cpu = &mut *self.cpu;
         if fetched.is_err() {
             cpu.rip = start;
             let (vector, error_code) = exception(cpu.trap, false);

@@ -10,6 +10,10 @@ const AT_CPL_3: u64 = 4;
 const RESERVED: u64 = 8;
 const FETCH: u64 = 16;
 
+/// Bits of a page table entry.
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+
 /// The page the tests are about; CPL 3 may reach its directory.
 const PAGE: u64 = USER_DATA_PAGE;
 
@@ -313,4 +317,38 @@ fn a_fetch_fault_names_the_instruction_in_cr2() {
     });
     let record = guest.run_to_fault();
     assert_eq!((record.vector, record.rip, record.cr2), (14, PAGE + 0x345, PAGE + 0x345));
+}
+
+#[test]
+fn code_beside_a_page_table_entry_sees_what_an_access_leaves_there() {
+    const ENTRY: u64 = PAGE + 0x1_0000;
+    for kind in [Access::Read, Access::Write, Access::Fetch] {
+        let mut guest = Guest::new();
+        guest.map(ENTRY, ENTRY | P | W);
+        guest.write_bytes(ENTRY, &[0xc3]);
+        // MOV RAX, the entry itself; RET. The entries before and behind are of pages that nothing uses.
+        let routine = Guest::entry_of(ENTRY) - 2;
+        guest.write_bytes(routine, &[0x48, 0xb8]);
+        guest.write_bytes(routine + 10, &[0xc3]);
+        guest.kernel(|a| {
+            a.mov(rbx, routine)?;
+            a.mov(rcx, ENTRY)?;
+            a.call(rbx)?;
+            a.mov(rdx, rax)?;
+            match kind {
+                Access::Read => a.mov(sil, byte_ptr(rcx))?,
+                Access::Write => a.mov(byte_ptr(rcx), 0xc3)?,
+                Access::Fetch => a.call(rcx)?,
+            }
+            a.call(rbx)?;
+            a.mov(rcx, DATA)?;
+            a.mov(qword_ptr(rcx), rdx)?;
+            a.mov(qword_ptr(rcx + 8), rax)?;
+            Ok(vec![])
+        });
+        guest.run();
+        let accessed = if matches!(kind, Access::Write) { ACCESSED | DIRTY } else { ACCESSED };
+        assert_eq!(guest.read(DATA), ENTRY | P | W);
+        assert_eq!(guest.read(DATA + 8), ENTRY | P | W | accessed);
+    }
 }
