@@ -104,7 +104,7 @@ pub struct Timing {
     pub clone_timeout_ms: u64,
     /// How long to wait before asking an arbiter again that could not be reached.
     pub claim_retry_ms: u64,
-    /// Lag that is not to be reached: the primary is slowed down from a fifth of it on, and stands still at four fifths.
+    /// Lag that is not to be reached: the primary is slowed down from three tenths of it on, and stands still at four fifths.
     pub max_lag_ms: u64,
     /// How long a backup waits for a disk of its own to do one request before it gives itself up: for as long the
     /// primary may stand still for it.

@@ -344,3 +344,56 @@ fn timing_is_checked() {
         assert!(timing.check().is_err_and(|error| error.to_string().contains("disk_timeout_ms")));
     }
 }
+
+#[test]
+fn a_peer_that_only_beats_is_given_up() {
+    let config = BackupConfig { who: "b".into(), capabilities: capabilities() };
+    let mut backup = Backup::new(Duration::ZERO, config);
+    let mut actions = Vec::new();
+    let mut hear = |at_ms, message| {
+        let input = backup::Input::Message(message);
+        backup.step(Duration::from_millis(at_ms), input, &mut actions).expect("legal at any time");
+        backup.ended()
+    };
+    assert!(!hear(0, hello("a")));
+    let beat = |stamp_us| Message::Heartbeat { stamp_us, echo_us: None };
+    assert!((1..=10).any(|second| hear(second * 1000, beat(second))), "it keeps its connection");
+}
+
+#[test]
+fn a_stalled_guest_runs_on_while_its_backup_is_lost() {
+    let config = PrimaryConfig {
+        terms: terms(),
+        who: "a".into(),
+        capabilities: capabilities(),
+        vm_config: Vec::new(),
+    };
+    let mut actions = Vec::new();
+    let mut primary = Primary::new(Duration::ZERO, config, &mut actions);
+    let log = |start: u64| primary::Input::Log {
+        end: LogPosition(start + (1 << 20)),
+        point: ExecutionPoint(start + 1),
+        bytes: vec![0; 1 << 20],
+    };
+    let said = primary::Input::Message;
+    let reason = "reset by peer".to_owned();
+    let (stall, unstall) = (
+        |action: &primary::Action| matches!(action, primary::Action::Stall),
+        |action: &primary::Action| matches!(action, primary::Action::Unstall),
+    );
+    for (input, stalls, unstalls) in [
+        (said(hello("b")), false, false),
+        (said(Message::Accepted), false, false),
+        (primary::Input::CloneSent, false, false),
+        (said(Message::Ready), false, false),
+        (said(Message::Protecting), false, false),
+        (log(0), true, false),
+        (primary::Input::ConnectionLost { reason }, false, true),
+        (log(1 << 20), false, false),
+    ] {
+        actions.clear();
+        primary.step(Duration::ZERO, input.clone(), &mut actions).expect("legal in this order");
+        let done = (actions.iter().any(stall), actions.iter().any(unstall));
+        assert_eq!(done, (stalls, unstalls), "after {input:?}");
+    }
+}

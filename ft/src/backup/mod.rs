@@ -127,7 +127,11 @@ impl Backup {
         }
         match input {
             Input::Message(message) => {
-                self.detector.heard(now);
+                // A connection that only beats and wants nothing is given up.
+                let beats = matches!(message, Message::Heartbeat { .. });
+                if !(beats && matches!(self.state, State::Greeting | State::Waiting)) {
+                    self.detector.heard(now);
+                }
                 self.heard_again(now, actions);
                 self.message(now, message, actions);
                 self.give_up_on_disk(now, actions);

@@ -374,8 +374,8 @@ impl Primary {
     /// Appended and not executed is what both buffers hold together; so one bound on the primary
     /// bounds the backup's too.
     fn backpressure(&mut self, actions: &mut Vec<Action>) {
-        if self.ended() {
-            return;
+        if self.ended() || self.state.claiming() {
+            return; // nothing is buffered any more
         }
         let behind = self.appended.0 - self.executed.0;
         let limit = self.config.terms.log_buffer_bytes;
@@ -422,7 +422,7 @@ impl Primary {
         let next = Claiming { retry_at: None, unreachable: None, yielding: false, zero, failover };
         self.change(State::Claiming(next), Some(cause), actions);
         // Nobody is behind any more. The arbiter may take long, and only the outputs wait for it.
-        self.give_time_back(actions);
+        self.let_run(actions);
         self.ask(actions);
     }
 
@@ -471,13 +471,13 @@ impl Primary {
     /// Ends what protection cost the guest.
     fn unburden(&mut self, actions: &mut Vec<Action>) {
         actions.push(Action::HangUp);
+        self.let_run(actions);
+    }
+
+    fn let_run(&mut self, actions: &mut Vec<Action>) {
         if std::mem::take(&mut self.stalled) {
             actions.push(Action::Unstall);
         }
-        self.give_time_back(actions);
-    }
-
-    fn give_time_back(&mut self, actions: &mut Vec<Action>) {
         if self.lag.release() {
             actions.push(Action::Throttle(0.0));
         }

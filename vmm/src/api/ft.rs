@@ -209,7 +209,7 @@ pub enum FtConfigError {
 }
 
 /// What `log_buffer_bytes` may be.
-const LOG_BUFFER: std::ops::RangeInclusive<u64> = 64 << 10..=4 << 30;
+const LOG_BUFFER: std::ops::RangeInclusive<u64> = 64 << 10..=ft::backup::MAX_LOG_BUFFER_BYTES;
 
 impl FtEnableConfig {
     /// The least one can say: both sides' addresses, all else by default.

@@ -329,9 +329,13 @@ impl PrimarySide {
     }
 
     fn take_flushes(&mut self) {
-        while self.clone_sent && !self.core.machine.ended() {
-            let Ok(message) = self.flushes.try_recv() else { return };
+        while self.clone_sent {
+            // Before a flush is taken: what the peer has said may end the pair, and whatever is in the queue leaves then.
             self.catch_up();
+            if self.core.machine.ended() {
+                return;
+            }
+            let Ok(message) = self.flushes.try_recv() else { return };
             match message {
                 FromVcpu::Flush(flush) => {
                     for held in flush.outputs {

@@ -123,6 +123,11 @@ impl Live {
         self.recorder.is_some()
     }
 
+    /// Whether the guest waits for room in the log. What is applied to it is logged too, and has to wait alike.
+    pub fn is_stalled(&self) -> bool {
+        self.recorder.as_ref().is_some_and(|recorder| recorder.stalled())
+    }
+
     /// Guest time stood still until now.
     pub fn resume(&mut self, guest: &Guest) {
         self.pacer.resume_at(guest.tsc(), guest.point().0);
@@ -210,7 +215,7 @@ impl Live {
             self.set_anchor(guest, anchor);
             self.between_anchors(guest)?;
         }
-        if self.recorder.as_ref().is_some_and(|recorder| recorder.stalled()) {
+        if self.is_stalled() {
             self.flush();
             return Ok(Next::Wait(None));
         }

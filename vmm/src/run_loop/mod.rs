@@ -234,6 +234,7 @@ impl VcpuThread {
             frozen: false,
             powered_off: false,
             deferred: Vec::new(),
+            deferred_commands: Vec::new(),
             go_live: None,
         };
         let handle =
@@ -278,8 +279,11 @@ struct RunLoop {
     /// A copy is being made from this point.
     frozen: bool,
     powered_off: bool,
-    /// Events that arrived while the guest stood still.
+    /// Events that arrived while the guest stood still, in order.
     deferred: Vec<Event>,
+    /// What the user asked for while a copy was being made or the guest was being handed over: it would be in neither the
+    /// copied state nor the log.
+    deferred_commands: Vec<Command>,
     /// To be done when the log has been executed.
     go_live: Option<Box<GoLive>>,
 }
@@ -315,6 +319,7 @@ impl RunLoop {
         if self.frozen {
             return self.wait(None);
         }
+        self.apply_deferred()?;
         match &mut self.driver {
             Driver::Halted => self.wait(None),
             // A paused backup goes on reading the log: that is where it learns that the pause is over.
@@ -390,7 +395,7 @@ impl RunLoop {
             replay.completed(event);
             return Ok(());
         }
-        if self.paused || self.frozen {
+        if self.stands_still() || !self.deferred.is_empty() {
             // Devices have only so many requests, and a network so many batches, under way.
             self.deferred.push(event);
             return Ok(());
@@ -402,8 +407,14 @@ impl RunLoop {
         }
     }
 
+    /// Whether nothing may be applied to the guest now.
+    fn stands_still(&self) -> bool {
+        let stalled = matches!(&self.driver, Driver::Live(live) if live.is_stalled());
+        self.paused || self.frozen || stalled
+    }
+
     fn apply_deferred(&mut self) -> Result<(), GuestError> {
-        if self.paused || self.frozen {
+        if self.stands_still() {
             return Ok(());
         }
         for event in std::mem::take(&mut self.deferred) {
@@ -414,6 +425,9 @@ impl RunLoop {
 
     fn command(&mut self, command: Command) -> Result<(), GuestError> {
         match command {
+            Command::Pause(_) | Command::Resume(_) | Command::Control(..) if self.frozen => {
+                self.deferred_commands.push(command);
+            }
             Command::Pause(reply) => {
                 let result = self.user_pause(true);
                 let _ = reply.send(result);
@@ -487,7 +501,11 @@ impl RunLoop {
                 let _ = drained.recv();
                 self.thaw()?;
             }
-            Command::Halt => self.driver = Driver::Halted,
+            Command::Halt => {
+                self.driver = Driver::Halted;
+                // Whoever waits for an answer learns that the VM has stopped.
+                self.deferred_commands.clear();
+            }
             Command::GoLive(go_live) => match self.driver {
                 Driver::Replay(_) => self.go_live = Some(go_live),
                 Driver::Live(_) | Driver::Halted => {
@@ -554,7 +572,11 @@ impl RunLoop {
 
     fn thaw(&mut self) -> Result<(), GuestError> {
         self.frozen = false;
-        self.apply_deferred()
+        self.apply_deferred()?;
+        for command in std::mem::take(&mut self.deferred_commands) {
+            self.command(command)?;
+        }
+        Ok(())
     }
 
     fn go_live(&mut self, go_live: GoLive) -> Result<Flow, GuestError> {

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use ft::Event;
 use nix::errno::Errno;
-use recording::{guest, record, replay, run};
+use recording::{ENTRY, executable, guest, record, replay, run};
 use rt_channel::{Receiver, unbounded};
 use tempfile::NamedTempFile;
 use virtio_devices::block::back::{
@@ -39,34 +39,11 @@ unsafe extern "C" {
 const MEMORY: u64 = 32 << 20;
 const SECTORS: u64 = 128;
 const ROUNDS: u32 = 100;
-const ENTRY: u64 = 0x20_0000;
 
 fn code() -> &'static [u8] {
     let len = (&raw const disk_guest_end).addr() - (&raw const disk_guest_start).addr();
     // SAFETY: the two labels enclose initialized, read-only data of one section of this program.
     unsafe { std::slice::from_raw_parts(&raw const disk_guest_start, len) }
-}
-
-/// An ELF executable of one segment, as a kernel would be.
-fn executable(code: &[u8]) -> Vec<u8> {
-    let (header, entry) = (64u64, ENTRY.to_le_bytes());
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    file.extend([2, 0, 62, 0, 1, 0, 0, 0]); // ET_EXEC, EM_X86_64
-    file.extend(entry);
-    file.extend(header.to_le_bytes());
-    file.extend([0; 8 + 4]);
-    file.extend([64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]); // one program header of 56 bytes
-    file.extend([1, 0, 0, 0, 7, 0, 0, 0]); // PT_LOAD
-    file.extend((header + 56).to_le_bytes());
-    file.extend(entry);
-    file.extend(entry);
-    for _ in ["in the file", "in memory"] {
-        file.extend((code.len() as u64).to_le_bytes());
-    }
-    file.extend(4096u64.to_le_bytes());
-    file.extend(code);
-    file
 }
 
 /// Held by the one whose guest runs. The guest waits for its disk by looking again and again: two of them leave no
