@@ -121,6 +121,15 @@ impl Vmm {
         drop(vm);
         config
     }
+
+    /// Whether a VM may be made here: a standby gets its own from a primary.
+    fn check_free(&self) -> Result<(), ControlError> {
+        if self.receiver.is_none() {
+            return Ok(());
+        }
+        let text = "This VMM waits for a primary: it gets its VM from there (vm.delete ends that)";
+        Err(ControlError::new(500, text))
+    }
 }
 
 impl Control for Vmm {
@@ -136,12 +145,7 @@ impl Control for Vmm {
     }
 
     fn create(&mut self, config: VmConfig) -> Result<(), ControlError> {
-        if self.receiver.is_some() {
-            return Err(ControlError::new(
-                500,
-                "This VMM waits for a primary: it gets its VM from there",
-            ));
-        }
+        self.check_free()?;
         self.lock().config = Some(config);
         Ok(())
     }
@@ -241,6 +245,7 @@ impl Control for Vmm {
     }
 
     fn restore(&mut self, config: &RestoreConfig) -> Result<(), ControlError> {
+        self.check_free()?;
         let what = "The VM could not be restored";
         let fail =
             |error: &(dyn std::error::Error + 'static)| ControlError::from_error(500, what, error);

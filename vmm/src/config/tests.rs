@@ -214,6 +214,10 @@ fn wrong_values_are_refused() {
         refusal(|json| json["memory"] = json!({"size": 4097})),
         ValidationError::MemorySize { size: 4097 }
     );
+    assert_eq!(
+        refusal(|json| json["memory"] = json!({"size": 1_u64 << 63})),
+        ValidationError::MemorySize { size: 1 << 63 }
+    );
     for (key, value, field) in [
         ("disks", json!([{}]), "path"),
         ("serial", json!({"mode": "File"}), "file"),

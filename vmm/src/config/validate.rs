@@ -54,7 +54,9 @@ pub enum ValidationError {
         max: u32,
     },
     /// Memory size out of range.
-    #[error("memory size {size} is no positive multiple of 4096 bytes")]
+    #[error(
+        "memory size {size} is not from 4096 to {MAX_MEMORY} bytes (1 TiB) in multiples of 4096"
+    )]
     MemorySize {
         /// Asked, in bytes.
         size: u64,
@@ -266,6 +268,9 @@ fn validate_cpus(cpus: &CpusConfig) -> Result<(), ValidationError> {
     )
 }
 
+/// Far from the end of the 46 bits of guest-physical addresses, and what is held for each page still fits a host.
+const MAX_MEMORY: u64 = 1 << 40;
+
 fn validate_memory(memory: &MemoryConfig) -> Result<(), ValidationError> {
     refuse(
         "memory",
@@ -283,7 +288,7 @@ fn validate_memory(memory: &MemoryConfig) -> Result<(), ValidationError> {
             (memory.reserve, "'reserve'"),
         ],
     )?;
-    if memory.size == 0 || !memory.size.is_multiple_of(4096) {
+    if memory.size == 0 || memory.size > MAX_MEMORY || !memory.size.is_multiple_of(4096) {
         return Err(ValidationError::MemorySize { size: memory.size });
     }
     Ok(())
