@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::poll::PollFlags;
@@ -89,6 +89,8 @@ pub struct NetBack {
     thread: OnceLock<PollThread>,
     window: Arc<Window>,
     dropped: AtomicU64,
+    /// How often the kernel would not have the offloads that a driver agreed to.
+    refusals: AtomicU32,
 }
 
 impl NetBack {
@@ -98,8 +100,18 @@ impl NetBack {
     /// The step that failed.
     pub fn open(options: &TapOptions) -> Result<Self, TapError> {
         let (file, name) = tap::attach(options)?;
-        let (file, window) = (Arc::new(file), Arc::default());
-        Ok(Self { name, file, thread: OnceLock::new(), window, dropped: AtomicU64::new(0) })
+        Ok(Self::attached(file, name))
+    }
+
+    fn attached(file: File, name: String) -> Self {
+        Self {
+            name,
+            file: Arc::new(file),
+            thread: OnceLock::new(),
+            window: Arc::default(),
+            dropped: AtomicU64::new(0),
+            refusals: AtomicU32::new(0),
+        }
     }
 
     /// The interface's name.
@@ -143,7 +155,12 @@ impl NetBack {
     /// kernel will not, frames come without, which any driver takes.
     pub fn set_offloads(&self, offloads: Offloads) {
         if let Err(error) = tap::set_offloads(&self.file, &self.name, offloads) {
-            log::warn!("{}: received frames will be small: {error}", self.name);
+            // A guest may reset its card all day; the log must not grow with it.
+            let count = self.refusals.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+            if count.is_power_of_two() {
+                let name = &self.name;
+                log::warn!("{name}: received frames will be small ({count} times so far): {error}");
+            }
         }
     }
 
@@ -268,7 +285,39 @@ impl Receiver {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
+
+    /// Lines written to the log by the tests of this program.
+    struct Lines(Mutex<Vec<String>>);
+
+    impl log::Log for Lines {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn log(&self, record: &log::Record<'_>) {
+            self.0.lock().unwrap().push(record.args().to_string());
+        }
+
+        fn flush(&self) {}
+    }
+
+    #[test]
+    fn a_guest_that_resets_its_card_all_day_does_not_fill_the_log() {
+        static LINES: Lines = Lines(Mutex::new(Vec::new()));
+        log::set_logger(&LINES).unwrap();
+        log::set_max_level(log::LevelFilter::Warn);
+        // No TAP interface: it takes no offloads.
+        let back = NetBack::attached(File::open("/dev/null").unwrap(), "null0".to_owned());
+        for _ in 0..1000 {
+            back.set_offloads(Offloads::default());
+        }
+        let lines = LINES.0.lock().unwrap();
+        let ours = lines.iter().filter(|line| line.starts_with("null0: ")).count();
+        assert_eq!(ours, 10, "the first and each that doubles their number");
+    }
 
     #[test]
     fn the_announcement_is_a_reverse_arp_broadcast() {

@@ -95,8 +95,10 @@ impl Offloads {
 
     fn from_features(features: u64, bits: [u32; 5]) -> Self {
         let [csum, tso4, tso6, ecn, ufo] = bits.map(|bit| features & 1 << bit != 0);
-        // A driver that breaks the rules of dependence gets what it gets by the rules.
-        Self { csum, tso4: csum && tso4, tso6: csum && tso6, ecn: csum && ecn, ufo: csum && ufo }
+        // A driver that breaks the rules of dependence (5.1.3.1) gets what it gets by the rules. The kernel
+        // refuses a set that breaks them.
+        let (tso4, tso6) = (csum && tso4, csum && tso6);
+        Self { csum, tso4, tso6, ecn: ecn && (tso4 || tso6), ufo: csum && ufo }
     }
 
     /// Whether a packet with this gso_type may be left uncut.
@@ -374,6 +376,15 @@ mod tests {
         assert_eq!(Offloads::of_driver(ALL.features()), ALL);
         // TSO without checksums is against the rules.
         assert_eq!(Offloads::of_device(1 << 11), NONE);
+        // So is congestion notification without TSO, of either kind.
+        let csum = Offloads { csum: true, ..NONE };
+        assert_eq!(Offloads::of_device(1 | 1 << 13), csum);
+        assert_eq!(Offloads::of_driver(1 << 1 | 1 << 9), csum);
+        assert_eq!(Offloads::of_driver(1 << 7 | 1 << 9), NONE);
+        let tso4 = Offloads { tso4: true, ecn: true, ..csum };
+        assert_eq!(Offloads::of_driver(1 << 1 | 1 << 7 | 1 << 9), tso4);
+        let tso6 = Offloads { tso6: true, ecn: true, ..csum };
+        assert_eq!(Offloads::of_driver(1 << 1 | 1 << 8 | 1 << 9), tso6);
         assert_eq!(Offloads::new(true, false, false).features(), 0b11);
     }
 }
