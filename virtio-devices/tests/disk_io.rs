@@ -684,4 +684,11 @@ fn what_is_no_image_is_refused() {
     assert!(matches!(directory, BlockBackError::Kind { .. }), "{directory}");
     let device = BlockBack::open(Path::new("/dev/null"), false).unwrap_err();
     assert!(matches!(device, BlockBackError::Kind { .. }), "{device}");
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for read_only in [true, false] {
+        // Nobody waits for somebody to write to it.
+        let error = BlockBack::open(&pipe, read_only).unwrap_err();
+        assert!(matches!(error, BlockBackError::Kind { .. }), "{error}");
+    }
 }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
+use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
 use nix::unistd::{Whence, fdatasync};
 
 use super::back::{BlockBackError, BlockOptions};
@@ -56,7 +56,8 @@ impl std::fmt::Debug for Image {
 impl Image {
     pub fn open(options: &BlockOptions, valve: Arc<Valve>) -> Result<Self, BlockBackError> {
         let BlockOptions { path, read_only, direct, .. } = options.clone();
-        let flags = if direct { libc::O_DIRECT } else { 0 };
+        // What is no disk must not keep the caller waiting: a pipe would, for somebody who writes to it.
+        let flags = libc::O_NONBLOCK | if direct { libc::O_DIRECT } else { 0 };
         let opened =
             OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(&path);
         let mut file = match opened {
@@ -71,6 +72,9 @@ impl Image {
             Ok(None) => return Err(BlockBackError::Kind { path }),
             Err(source) => return Err(BlockBackError::Size { path, source }),
         };
+        if let Err(error) = set_blocking(&file) {
+            return Err(BlockBackError::Open { path, read_only, source: error.into() });
+        }
         if !bytes.is_multiple_of(SECTOR_SIZE) {
             return Err(BlockBackError::OddSize { path, bytes });
         }
@@ -234,9 +238,40 @@ fn size(file: &mut File) -> io::Result<Option<u64>> {
     file.seek(SeekFrom::End(0)).map(Some)
 }
 
+/// Takes O_NONBLOCK back. Files and block devices know no such thing, but there are kernels whose `io_uring` answers
+/// EAGAIN because of it where it would else wait.
+fn set_blocking(file: &File) -> nix::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)).map(|_| ())
+}
+
 /// Whether single sectors can be had without the page cache.
 fn takes_sectors(file: &File) -> bool {
     let mut sector = Aligned::zeroed(SECTOR_SIZE as usize, DIRECT_ALIGNMENT);
     let read = file.read_at(sector.bytes_mut(), 0);
     !read.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::poll::Bell;
+
+    #[test]
+    fn an_open_image_is_one_that_is_waited_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let valve = Arc::new(Valve::new(Arc::new(Bell::new().unwrap())));
+        for direct in [false, true] {
+            let options = BlockOptions { direct, ..BlockOptions::new(file.path()) };
+            let image = match Image::open(&options, Arc::clone(&valve)) {
+                Ok(image) => image,
+                // Not every file system can do without the page cache.
+                Err(BlockBackError::Direct { .. }) if direct => continue,
+                Err(error) => panic!("{error}"),
+            };
+            let flags = fcntl(&image.file, FcntlArg::F_GETFL).unwrap();
+            assert_eq!(flags & libc::O_NONBLOCK, 0);
+            assert_eq!(flags & libc::O_DIRECT != 0, direct);
+        }
+    }
 }
