@@ -5,6 +5,7 @@
 //! ([`super::overlap`]). A request stays in the state until its completion, so that a machine which
 //! goes live can issue it again.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
@@ -245,7 +246,7 @@ impl BlockFront {
             return Parsed::failed(BlockStatus::Unsupported);
         }
         let sectors = u64::from(count);
-        if count == 0 || count > limit || !self.on_disk(sector, sectors) {
+        if !self.proper_range(sector, sectors, limit) {
             return Parsed::failed(BlockStatus::IoError);
         }
         let op = if zeroes {
@@ -263,8 +264,54 @@ impl BlockFront {
             && self.on_disk(sector, len / SECTOR_SIZE)
     }
 
+    /// Whether so many sectors, `limit` at most, may be discarded or zeroed at once.
+    fn proper_range(&self, sector: u64, sectors: u64, limit: u32) -> bool {
+        (1..=u64::from(limit)).contains(&sectors) && self.on_disk(sector, sectors)
+    }
+
     fn on_disk(&self, sector: u64, sectors: u64) -> bool {
         sector.checked_add(sectors).is_some_and(|end| end <= self.state.sectors)
+    }
+
+    /// Whether the requests of `state`, a disk like this one's, can have come from a driver.
+    fn could_have_taken(&self, state: &BlockState) -> bool {
+        let requests = &state.requests;
+        let bytes: u64 = requests.iter().map(|p| data_len(&p.request.op)).sum();
+        let mut ids = HashSet::new();
+        requests.len() <= OUTSTANDING_MAX
+            // The last one may have been taken when there was a byte of room.
+            && bytes < OUTSTANDING_BYTES_MAX + u64::from(MAX_REQUEST_BYTES)
+            && requests.iter().all(|pending| {
+                let id = pending.request.id;
+                id < state.next_id && ids.insert(id) && self.proper_pending(pending)
+            })
+    }
+
+    /// Whether a request is one that [`Self::parse`] lets through, with the footprint and the reply that go with it.
+    fn proper_pending(&self, pending: &Pending) -> bool {
+        let (op, touched) = (&pending.request.op, &pending.footprint);
+        let proper_op = match *op {
+            BlockOp::Read { sector, len } => self.proper_transfer(sector, len.into()),
+            BlockOp::Write { sector, ref data } => self.proper_transfer(sector, data.len() as u64),
+            BlockOp::Flush => true,
+            BlockOp::Discard { sector, sectors } => {
+                self.proper_range(sector, sectors, DISCARD_SECTORS_MAX)
+            }
+            BlockOp::WriteZeroes { sector, sectors, .. } => {
+                self.proper_range(sector, sectors, WRITE_ZEROES_SECTORS_MAX)
+            }
+        };
+        // A flush may follow a write in the same request, whose footprint stays.
+        let proper_footprint = if *op == BlockOp::Flush {
+            self.on_disk(touched.sector, touched.sectors) && !touched.writes_pages
+        } else {
+            *touched == footprint(op, touched.pages.clone())
+        };
+        let wanted = if let BlockOp::Read { len, .. } = *op { u64::from(len) } else { 0 };
+        proper_op
+            && proper_footprint
+            && !(self.state.read_only && touched.writes_disk)
+            && pending.reply.as_ref().is_none_or(|reply| total_len(&reply.data) == wanted)
     }
 
     /// Hands the request at `index` out unless an earlier one is in its way.
@@ -438,6 +485,9 @@ impl<M: GuestMemory> Front<M> for BlockFront {
         if state.read_only != self.state.read_only {
             return Err(StateError::Mismatch { what: "read-only setting" });
         }
+        if !self.could_have_taken(state) {
+            return Err(StateError::Invalid { what: "disk request" });
+        }
         self.state = state.clone();
         Ok(())
     }
@@ -467,4 +517,104 @@ fn footprint(op: &BlockOp, pages: Vec<u64>) -> Footprint {
     };
     let writes_pages = matches!(op, BlockOp::Read { .. });
     Footprint { sector, sectors, writes_disk, pages, writes_pages }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    const SECTORS: u64 = 1 << 23;
+
+    fn disk(read_only: bool) -> BlockFront {
+        BlockFront::new(&BlockConfig { sectors: SECTORS, read_only, serial: String::new() })
+    }
+
+    fn pending(id: u64, op: BlockOp) -> Pending {
+        let len = if let BlockOp::Read { len, .. } = op { len } else { 0 };
+        let data = if len > 0 { vec![Buffer { address: 0x1000, len }] } else { Vec::new() };
+        let footprint = footprint(&op, pages(&data));
+        let reply = Some(Reply { head: 0, status: 0, data });
+        Pending { request: BlockRequest { id, op }, footprint, issued: true, reply }
+    }
+
+    fn write(sector: u64, len: usize) -> BlockOp {
+        BlockOp::Write { sector, data: Arc::from(vec![0; len]) }
+    }
+
+    /// What a disk says that is to go on with these requests under way.
+    fn restored(read_only: bool, requests: Vec<Pending>) -> Result<(), StateError> {
+        let mut state = disk(read_only).state;
+        state.next_id = 1000;
+        state.requests = requests;
+        Front::<GuestMemoryMmap<()>>::restore(&mut disk(read_only), &FrontState::Block(state))
+    }
+
+    #[test]
+    fn requests_that_a_driver_can_have_made_are_restored() {
+        let mut flushing = pending(4, write(8, 512));
+        flushing.request.op = BlockOp::Flush;
+        let mut forgotten = pending(5, BlockOp::Read { sector: 0, len: 512 });
+        forgotten.reply = None;
+        let requests = vec![
+            pending(0, BlockOp::Read { sector: SECTORS - 1, len: 512 }),
+            pending(1, write(0, MAX_REQUEST_BYTES as usize)),
+            pending(2, BlockOp::Discard { sector: 0, sectors: DISCARD_SECTORS_MAX.into() }),
+            pending(999, BlockOp::WriteZeroes { sector: 1, sectors: 1, unmap: true }),
+            pending(3, BlockOp::Flush),
+            flushing,
+            forgotten,
+        ];
+        assert_eq!(restored(false, requests), Ok(()));
+        let full = |id| pending(id, write(0, MAX_REQUEST_BYTES as usize));
+        let mut requests: Vec<_> = (0..3).map(full).collect();
+        requests.push(pending(3, write(0, MAX_REQUEST_BYTES as usize - 512)));
+        requests.push(full(4));
+        assert_eq!(restored(false, requests), Ok(()));
+        let flushes = |count| (0..count).map(|id| pending(id, BlockOp::Flush)).collect();
+        assert_eq!(restored(true, flushes(OUTSTANDING_MAX as u64)), Ok(()));
+    }
+
+    #[test]
+    fn requests_that_no_driver_can_have_made_are_refused() {
+        let impossible = Err(StateError::Invalid { what: "disk request" });
+        let zeroes = |sector, sectors| BlockOp::WriteZeroes { sector, sectors, unmap: false };
+        let ops = [
+            BlockOp::Read { sector: SECTORS, len: 512 },
+            BlockOp::Read { sector: u64::MAX, len: 512 },
+            BlockOp::Read { sector: 0, len: 0 },
+            BlockOp::Read { sector: 0, len: 513 },
+            BlockOp::Read { sector: 0, len: u32::MAX - 511 },
+            write(SECTORS - 1, 1024),
+            write(0, 0),
+            write(0, 511),
+            write(0, MAX_REQUEST_BYTES as usize + 512),
+            BlockOp::Discard { sector: SECTORS - 1, sectors: 2 },
+            BlockOp::Discard { sector: 0, sectors: u64::from(DISCARD_SECTORS_MAX) + 1 },
+            zeroes(u64::MAX, 1),
+            zeroes(0, 0),
+            zeroes(0, u64::from(WRITE_ZEROES_SECTORS_MAX) + 1),
+        ];
+        for op in ops {
+            assert_eq!(restored(false, vec![pending(0, op.clone())]), impossible, "{op:?}");
+        }
+        for op in [write(0, 512), BlockOp::Discard { sector: 0, sectors: 1 }, zeroes(0, 1)] {
+            assert_eq!(restored(true, vec![pending(0, op.clone())]), impossible, "{op:?}");
+        }
+        let flush = |id| pending(id, BlockOp::Flush);
+        assert_eq!(restored(false, vec![flush(1000)]), impossible);
+        assert_eq!(restored(false, vec![flush(7), flush(7)]), impossible);
+        let many = (0..=OUTSTANDING_MAX as u64).map(flush).collect();
+        assert_eq!(restored(false, many), impossible);
+        let full = |id| pending(id, write(0, MAX_REQUEST_BYTES as usize));
+        assert_eq!(restored(false, (0..5).map(full).collect()), impossible);
+        let read = || pending(0, BlockOp::Read { sector: 0, len: 512 });
+        let mut short = read();
+        short.reply = Some(Reply { head: 0, status: 0, data: Vec::new() });
+        assert_eq!(restored(false, vec![short]), impossible);
+        let mut elsewhere = read();
+        elsewhere.footprint.sector = 1;
+        assert_eq!(restored(false, vec![elsewhere]), impossible);
+    }
 }

@@ -7,7 +7,7 @@ use vm_memory::{GuestMemory, Permissions};
 use super::state::{Reply, RngState, Want};
 use crate::effect::{DeviceEvent, Effect, Effects};
 use crate::front::{DriverError, Front, FrontError, FrontState, Io, StateError, copy_config};
-use crate::queue::{Buffer, in_memory, slice_buffers, write_buffers};
+use crate::queue::{Buffer, in_memory, slice_buffers, total_len, write_buffers};
 
 const QUEUE_SIZE: u16 = 64;
 
@@ -121,7 +121,49 @@ impl<M: GuestMemory> Front<M> for RngFront {
         let FrontState::Rng(state) = state else {
             return Err(StateError::Mismatch { what: "device type" });
         };
+        if state.wants.len() > WANTS_MAX || !state.wants.iter().all(proper_want) {
+            return Err(StateError::Invalid { what: "request for random bytes" });
+        }
         self.state = state.clone();
         Ok(())
+    }
+}
+
+/// Whether a driver can have wanted this.
+fn proper_want(want: &Want) -> bool {
+    let len = u64::from(want.len);
+    (1..=REQUEST_MAX).contains(&len)
+        && want.reply.as_ref().is_none_or(|reply| total_len(&reply.data) == len)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    /// What an entropy source says that is to go on with these requests under way.
+    fn restored(wants: Vec<Want>) -> Result<(), StateError> {
+        let state = FrontState::Rng(RngState { wants: wants.into(), bytes: 0 });
+        Front::<GuestMemoryMmap<()>>::restore(&mut RngFront::new(), &state)
+    }
+
+    fn want(len: u32) -> Want {
+        let data = vec![Buffer { address: 0, len }];
+        Want { len, reply: Some(Reply { head: 0, data }) }
+    }
+
+    #[test]
+    fn only_what_a_driver_can_have_wanted_is_restored() {
+        let most = REQUEST_MAX as u32;
+        let forgotten = Want { reply: None, ..want(1) };
+        assert_eq!(restored(vec![want(1), want(most), forgotten.clone()]), Ok(()));
+        assert_eq!(restored(vec![want(1); WANTS_MAX]), Ok(()));
+        let impossible = Err(StateError::Invalid { what: "request for random bytes" });
+        assert_eq!(restored(vec![want(1); WANTS_MAX + 1]), impossible);
+        assert_eq!(restored(vec![want(0)]), impossible);
+        assert_eq!(restored(vec![Want { len: u32::MAX, ..forgotten }]), impossible);
+        assert_eq!(restored(vec![want(most + 1)]), impossible);
+        assert_eq!(restored(vec![Want { len: 2, ..want(1) }]), impossible);
     }
 }
