@@ -9,8 +9,9 @@ mod kernel;
 mod linux;
 mod unpack;
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hypervisor::{GuestMemory, LongModeEntry};
@@ -36,6 +37,14 @@ pub enum LoadError {
         /// The cause.
         #[source]
         source: std::io::Error,
+    },
+    /// It is a directory, a device or a pipe.
+    #[error("{what} {} is not a regular file", path.display())]
+    Kind {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
     },
     /// The file is larger than the guest's memory.
     #[error("{what} {} does not fit into {ram_size} bytes of memory", path.display())]
@@ -157,15 +166,17 @@ pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<LongModeEntry, Lo
     linux::write(&info, loaded.entry, memory).map_err(LoadError::Memory)
 }
 
-/// Reads a file of at most `ram_size` bytes, so that a wrong path (a disk, a device) costs no more.
+/// Reads a regular file of at most `ram_size` bytes, so that a wrong path (a disk image, a device) costs no more. A pipe
+/// would keep the caller waiting for somebody who writes to it.
 fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<BootFile, LoadError> {
     let failed = |source| LoadError::Read { what, path: path.to_owned(), source };
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(LoadError::Kind { what, path: path.to_owned() });
+    }
     let mut content = Vec::new();
-    File::open(path)
-        .map_err(failed)?
-        .take(ram_size + 1)
-        .read_to_end(&mut content)
-        .map_err(failed)?;
+    file.take(ram_size + 1).read_to_end(&mut content).map_err(failed)?;
     if content.len() as u64 > ram_size {
         return Err(LoadError::FileTooLarge { what, path: path.to_owned(), ram_size });
     }
@@ -270,8 +281,10 @@ mod tests {
             load(&memory, file(b"\x7fELF").path(), None, ""),
             Err(LoadError::Elf { .. })
         ));
+        let huge = file(b"");
+        huge.as_file().set_len((64 << 20) + 1).unwrap();
         assert!(matches!(
-            load(&memory, Path::new("/dev/zero"), None, ""),
+            load(&memory, huge.path(), None, ""),
             Err(LoadError::FileTooLarge { .. })
         ));
         let long = "x".repeat(2048);
@@ -288,5 +301,21 @@ mod tests {
             load(&memory, kernel.path(), Some(large.path()), ""),
             Err(LoadError::InitramfsPlace { .. })
         ));
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_and_waited_for_by_nobody() {
+        let memory = memory();
+        let kernel = file(&elf::tests::executable(b"code"));
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [pipe.as_path(), directory.path(), Path::new("/dev/zero")] {
+            let error = load(&memory, path, None, "").unwrap_err();
+            assert!(matches!(error, LoadError::Kind { what: "kernel", .. }), "{error}");
+            let error = load(&memory, kernel.path(), Some(path), "").unwrap_err();
+            assert!(matches!(error, LoadError::Kind { what: "initramfs", .. }), "{error}");
+            assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
     }
 }
