@@ -15,7 +15,7 @@ use crate::api::{ChosenSecurity, TcpUrl, VmEnd};
 use crate::backends::DiskImage;
 use crate::boot::Payload;
 use crate::config::VmConfig;
-use crate::machine::facts;
+use crate::machine::facts::{self, DiskSizes};
 use crate::pair::backup::BackupHost;
 use crate::pair::clone::{CloneHeader, CloneState};
 use crate::pair::marker::{self, Part};
@@ -114,7 +114,9 @@ impl Standby {
                     .map_err(|error| format!("the backup cannot take this VM: {}", chain(&error)))?
                     .travelling_as(config.clone());
             let sectors = prepared.disk_sectors();
-            let differences = facts::disk_differences(&local, primary_sectors, &sectors);
+            let there = DiskSizes { place: "on the primary", sectors: primary_sectors };
+            let here = DiskSizes { place: "on the backup", sectors: &sectors };
+            let differences = facts::disk_differences(&local, there, here);
             if !differences.is_empty() {
                 return Err(differences.join("; "));
             }

@@ -9,8 +9,9 @@ use hypervisor::{GuestMemory, Hypervisor};
 
 use crate::backends::{BackendError, Backends, DiskImage, EventSink};
 use crate::boot::{LoadError, Payload};
-use crate::config::VmConfig;
+use crate::config::{ValidationError, VmConfig};
 use crate::guest::{Guest, GuestError, GuestState};
+use crate::machine::facts::{self, DiskSizes};
 use crate::machine::{HostFacts, layout};
 use crate::pair::marker::{self, Marked};
 use crate::run_loop::disks::{DiskPlan, FollowedDisks};
@@ -44,6 +45,15 @@ pub enum VmError {
     /// It cannot be read from a snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// It is not one that this program can run.
+    #[error(transparent)]
+    Config(#[from] ValidationError),
+    /// Its images are not as large as when it was saved.
+    #[error("the disk images have changed since the snapshot: {differences}")]
+    Disks {
+        /// What differs.
+        differences: String,
+    },
     /// A thread cannot be started.
     #[error("cannot start the vCPU thread")]
     Thread(#[source] std::io::Error),
@@ -105,6 +115,18 @@ impl Prepared {
     #[must_use]
     pub fn disk_sectors(&self) -> Vec<u64> {
         self.backends.disk_sectors(&self.config)
+    }
+
+    /// The guest knows its disks by the sizes they had when it was saved: they must have them still.
+    fn check_disks(&self) -> Result<(), VmError> {
+        let sectors = self.disk_sectors();
+        let saved = DiskSizes { place: "in the snapshot", sectors: &self.host.disk_sectors };
+        let here = DiskSizes { place: "now", sectors: &sectors };
+        let differences = facts::disk_differences(&self.config, saved, here);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(VmError::Disks { differences: differences.join("; ") })
     }
 
     /// Has the next backup be told `config`, whose paths are not those of this host.
@@ -255,15 +277,18 @@ impl Vm {
         Prepared::new(hypervisor, config.clone(), None)?.boot(payload, doorbell)
     }
 
-    /// Reads a snapshot. The VM is paused.
+    /// Reads a snapshot, whose files and images may be any by now: a configuration that is not valid or a disk of another
+    /// size is refused. The VM is paused.
     pub fn from_snapshot(
         hypervisor: &dyn Hypervisor,
         directory: &Path,
         doorbell: Box<dyn VmDoorbell>,
     ) -> Result<Self, VmError> {
         let (config, saved) = snapshot::read(directory)?;
+        config.validate()?;
         let payload = read_payload(&config)?;
         let prepared = Prepared::new(hypervisor, config, Some(saved.host))?;
+        prepared.check_disks()?;
         snapshot::read_memory(directory, prepared.memory())?;
         prepared.restore(payload, &saved.guest, doorbell)
     }
@@ -411,4 +436,76 @@ fn read_payload(config: &VmConfig) -> Result<Payload, VmError> {
 fn wall_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use hypervisor::soft::SoftHypervisor;
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    struct Silent;
+
+    impl VmDoorbell for Silent {
+        fn powered_off(&self) {}
+        fn failed(&self, _reason: String) {}
+    }
+
+    /// A snapshot of a VM just powered on, with one disk of 16 sectors, `image`. Beside it is what it boots from.
+    fn snapshot() -> TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("kernel"), b"never looked at").unwrap();
+        fs::write(path("image"), [0; 16 * 512]).unwrap();
+        let config = json!({
+            "payload": {"kernel": path("kernel")},
+            "memory": {"size": 64 << 20},
+            "disks": [{"path": path("image"), "id": "data"}],
+            "serial": {"mode": "Null"},
+            "console": {"mode": "Off"},
+        });
+        let mut config: VmConfig = serde_json::from_value(config).unwrap();
+        config.complete(|| [0; 5]);
+        config.validate().unwrap();
+        let mut prepared = Prepared::new(&SoftHypervisor, config, None).unwrap();
+        let saved = SavedVm::new(prepared.host.clone(), prepared.guest.save().unwrap());
+        snapshot::write(directory.path(), &prepared.config, &saved, &prepared.memory).unwrap();
+        directory
+    }
+
+    fn restored(directory: &TempDir) -> Result<Vm, VmError> {
+        Vm::from_snapshot(&SoftHypervisor, directory.path(), Box::new(Silent))
+    }
+
+    #[test]
+    fn a_disk_must_be_as_large_as_it_was() {
+        let directory = snapshot();
+        assert!(restored(&directory).unwrap().paused());
+        let image = fs::File::options().write(true).open(directory.path().join("image")).unwrap();
+        for sectors in [8, 32] {
+            image.set_len(sectors * 512).unwrap();
+            let error = restored(&directory).map(|_| ()).unwrap_err().to_string();
+            let difference =
+                format!("the disk 'data' has 16 sectors in the snapshot, {sectors} now");
+            assert!(error.ends_with(&difference), "{error}");
+        }
+        image.set_len(16 * 512).unwrap();
+        assert!(restored(&directory).is_ok());
+    }
+
+    #[test]
+    fn a_configuration_that_cannot_be_run_is_refused() {
+        let directory = snapshot();
+        let path = directory.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["cpus"]["boot_vcpus"] = 2.into();
+        config["cpus"]["max_vcpus"] = 2.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let error = restored(&directory).map(|_| ()).unwrap_err();
+        assert!(matches!(error, VmError::Config(_)), "{error}");
+    }
 }

@@ -78,20 +78,34 @@ pub fn differences(primary: &[DeviceFacts], backup: &[DeviceFacts]) -> Vec<Strin
     found
 }
 
-/// Where the backup's images differ in size from the primary's, each difference in words.
+/// The sizes of a VM's disks, as they are in one place.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskSizes<'a> {
+    /// Which place, as a difference names it: `on the primary`.
+    pub place: &'a str,
+    /// In sectors, in the order of the configuration.
+    pub sectors: &'a [u64],
+}
+
+/// Where the images in one place differ in size from those in the other, each difference in words.
 #[must_use]
-pub fn disk_differences(config: &VmConfig, primary: &[u64], backup: &[u64]) -> Vec<String> {
-    if primary.len() != backup.len() {
-        let (theirs, ours) = (primary.len(), backup.len());
-        return vec![format!("the primary has {theirs} disks, the backup {ours}")];
+pub fn disk_differences(
+    config: &VmConfig,
+    there: DiskSizes<'_>,
+    here: DiskSizes<'_>,
+) -> Vec<String> {
+    let (theirs, ours) = (there.sectors.len(), here.sectors.len());
+    if theirs != ours {
+        return vec![format!("there are {theirs} disks {}, {ours} {}", there.place, here.place)];
     }
-    let sizes = primary.iter().zip(backup);
+    let sizes = there.sectors.iter().zip(here.sectors);
     let mut found = Vec::new();
     for (disk, (theirs, ours)) in config.disks().iter().zip(sizes) {
         if theirs != ours {
             let id = disk.pci.id.as_deref().unwrap_or("without a name");
             found.push(format!(
-                "the disk '{id}' has {theirs} sectors on the primary, {ours} on the backup"
+                "the disk '{id}' has {theirs} sectors {}, {ours} {}",
+                there.place, here.place
             ));
         }
     }
@@ -156,13 +170,18 @@ mod tests {
     #[test]
     fn a_disk_of_another_size_is_named() {
         let (config, _) = machine();
-        assert!(disk_differences(&config, &[2048, 4096], &[2048, 4096]).is_empty());
-        let found = disk_differences(&config, &[2048, 4096], &[2048, 8]);
+        let differences = |primary: &[u64], backup: &[u64]| {
+            let there = DiskSizes { place: "on the primary", sectors: primary };
+            disk_differences(&config, there, DiskSizes { place: "on the backup", sectors: backup })
+        };
+        assert!(differences(&[2048, 4096], &[2048, 4096]).is_empty());
+        let found = differences(&[2048, 4096], &[2048, 8]);
         let id = config.disks()[1].pci.id.clone().unwrap();
         assert_eq!(
             found,
             [format!("the disk '{id}' has 4096 sectors on the primary, 8 on the backup")]
         );
-        assert_eq!(disk_differences(&config, &[2048], &[]).len(), 1);
+        let found = differences(&[2048], &[]);
+        assert_eq!(found, ["there are 1 disks on the primary, 0 on the backup"]);
     }
 }
