@@ -572,7 +572,8 @@ fn a_flush_syncs_what_was_completed_since_the_last_sync_and_only_that() {
             if step.kind == StepKind::Sync {
                 counted.fetch_add(1, Ordering::SeqCst);
                 if failing.swap(0, Ordering::SeqCst) > 0 {
-                    return Verdict::Fail(Errno::EIO);
+                    // The host has not begun it, so that it hides nothing.
+                    return Verdict::Fail(Errno::ECANCELED);
                 }
             }
             Verdict::Go
@@ -599,6 +600,178 @@ fn a_flush_syncs_what_was_completed_since_the_last_sync_and_only_that() {
         disk.ok(BlockOp::Discard { sector: 0, sectors: 1 });
         disk.ok(BlockOp::Flush);
         synced(1);
+    }
+}
+
+/// The storage loses data once: the host says so once, and takes what was lost for stable from then on.
+#[derive(Default)]
+struct LosesOnce {
+    writes: AtomicU32,
+    syncs: AtomicU32,
+}
+
+impl LosesOnce {
+    fn steps(&self) -> (u32, u32) {
+        (self.writes.load(Ordering::SeqCst), self.syncs.load(Ordering::SeqCst))
+    }
+}
+
+impl Faults for LosesOnce {
+    fn before(&self, step: Step) -> Verdict {
+        match step.kind {
+            StepKind::Write => drop(self.writes.fetch_add(1, Ordering::SeqCst)),
+            StepKind::Sync if self.syncs.fetch_add(1, Ordering::SeqCst) == 0 => {
+                return Verdict::Fail(Errno::EIO);
+            }
+            _ => {}
+        }
+        Verdict::Go
+    }
+}
+
+/// An image whose storage loses data once, and how to open it.
+fn losing(kind: EngineKind) -> (NamedTempFile, Arc<LosesOnce>, BlockOptions) {
+    let (file, loses) = (image(64), Arc::new(LosesOnce::default()));
+    let faults = Some(Arc::clone(&loses) as Arc<dyn Faults>);
+    let options = BlockOptions { faults, ..options(file.path(), kind) };
+    (file, loses, options)
+}
+
+#[test]
+fn a_flush_that_failed_fails_until_the_image_is_opened_anew() {
+    for kind in KINDS {
+        let (_file, loses, options) = losing(kind);
+        let mut disk = Disk::start(&options);
+        disk.ok(write(0, 1, 8));
+        disk.failed(BlockOp::Flush);
+        disk.failed(BlockOp::Flush);
+        disk.ok(write(0, 2, 8));
+        assert_eq!(disk.ok(read(0, 8)), [2; 8 * SECTOR]);
+        disk.failed(BlockOp::Flush);
+        let error = disk.back.set_write_through(true).unwrap_err();
+        assert!(matches!(error, BlockBackError::Sync { .. }), "{error}");
+        let error = disk.back.copy().sync().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EIO as i32));
+        assert_eq!(loses.steps(), (2, 1), "the host is not asked again");
+        disk.back.stop();
+        Disk::start(&options).ok(BlockOp::Flush);
+    }
+}
+
+#[test]
+fn what_could_not_be_made_stable_when_write_through_began_fails_the_next_flush() {
+    for kind in KINDS {
+        let (_file, loses, options) = losing(kind);
+        let mut disk = Disk::start(&options);
+        disk.ok(write(0, 1, 8));
+        disk.back.set_write_through(true).unwrap_err();
+        disk.back.set_write_through(false).unwrap();
+        disk.failed(BlockOp::Flush);
+        assert_eq!(loses.steps(), (1, 1));
+    }
+}
+
+#[test]
+fn written_through_every_write_fails_after_a_sync_that_failed() {
+    for kind in KINDS {
+        let (_file, loses, options) = losing(kind);
+        let back = BlockBack::open_with(&options).unwrap();
+        // Before the start nothing is completed that would have to be made stable.
+        back.set_write_through(true).unwrap();
+        let (sender, done) = mpsc::channel();
+        back.start(Box::new(move |completion| drop(sender.send(completion)))).unwrap();
+        let mut disk = Disk { back, done, next: 0 };
+        for n in 0..4 {
+            disk.submit(write(n * 8, 1, 8));
+        }
+        for _ in 0..4 {
+            assert_eq!(disk.done.recv().unwrap().status, BlockStatus::IoError, "{kind:?}");
+        }
+        disk.failed(write(32, 1, 8));
+        disk.failed(BlockOp::Flush);
+        assert_eq!(loses.steps(), (5, 1));
+        // A write that need not be stable says nothing of that.
+        disk.back.set_write_through(false).unwrap();
+        disk.ok(write(40, 1, 8));
+        disk.failed(BlockOp::Flush);
+    }
+}
+
+/// Takes all the tries there are, for both kinds at once.
+#[test]
+fn patience_does_not_make_a_failed_sync_good() {
+    let patient = |kind| {
+        let (file, loses, options) = losing(kind);
+        let back = BlockBack::open_with(&options).unwrap();
+        back.set_write_through(true).unwrap();
+        let (sender, done) = mpsc::channel();
+        for (id, op) in [(0, write(0, 1, 8)), (1, BlockOp::Flush)] {
+            back.submit(BlockRequest { id, op });
+        }
+        back.start(Box::new(move |completion| drop(sender.send(completion)))).unwrap();
+        back.submit_patiently(BlockRequest { id: 2, op: BlockOp::Flush });
+        for _ in 0..3 {
+            assert_eq!(done.recv().unwrap().status, BlockStatus::IoError, "{kind:?}");
+        }
+        assert_eq!(loses.steps(), (1, 1), "{kind:?}");
+        drop(file);
+    };
+    std::thread::scope(|scope| {
+        for kind in KINDS {
+            scope.spawn(move || patient(kind));
+        }
+    });
+}
+
+/// A block device that has less room than it says; its writes fail when the page cache is written back.
+struct OverbookedDevice {
+    path: String,
+    _host: SmallHost,
+}
+
+impl OverbookedDevice {
+    fn attach() -> Result<Self, String> {
+        let host = SmallHost::mount()?;
+        let sparse = host.0.path().join("sparse.img");
+        std::fs::File::create(&sparse).unwrap().set_len(8 << 20).unwrap();
+        let attached = Command::new("losetup").args(["--find", "--show"]).arg(&sparse).output();
+        let attached = attached.map_err(|error| error.to_string())?;
+        if !attached.status.success() {
+            return Err(String::from_utf8_lossy(&attached.stderr).into_owned());
+        }
+        let path = String::from_utf8_lossy(&attached.stdout).trim().to_owned();
+        Ok(Self { path, _host: host })
+    }
+}
+
+impl Drop for OverbookedDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.path]).status();
+    }
+}
+
+#[test]
+fn data_that_the_host_lost_once_stays_lost() {
+    for kind in KINDS {
+        let device = match OverbookedDevice::attach() {
+            Ok(device) => device,
+            Err(error) => {
+                eprintln!("SKIPPED: it needs to mount a tmpfs and attach a loop device: {error}");
+                return;
+            }
+        };
+        let mut disk = Disk::start(&options(Path::new(&device.path), kind));
+        for n in 0..16 {
+            disk.ok(write(n * 256, 3, 256));
+        }
+        disk.failed(BlockOp::Flush);
+        disk.failed(BlockOp::Flush);
+        drop(disk);
+        // Opened anew, the image is what the storage has: two mebibytes did not go into one.
+        let mut disk = Disk::start(&options(Path::new(&device.path), kind));
+        let lost = (0..16).any(|n| disk.run(read(n * 256, 256)).data != [3; 256 * SECTOR]);
+        assert!(lost, "{kind:?}");
+        drop(disk);
     }
 }
 

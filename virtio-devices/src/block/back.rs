@@ -12,7 +12,8 @@
 //!
 //! An error of the host reaches the guest as an I/O error of that request; its status is part of the completion, which
 //! is logged, so that both sides of a pair show the guest the same. Only requests that were under way on another host are
-//! tried several times: those submitted before the start, and where it is asked for.
+//! tried several times: those submitted before the start, and where it is asked for. A sync that failed is never believed to
+//! succeed later, whoever asks for it: see [`super::image`].
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -322,7 +323,7 @@ impl BlockBack {
     /// was completed before is stable too.
     ///
     /// # Errors
-    /// If it cannot be made stable.
+    /// If it cannot be made stable, or could not once since the image was opened.
     pub fn set_write_through(&self, on: bool) -> Result<(), BlockBackError> {
         self.image.write_through.store(on, Ordering::Release);
         if !on || !self.started.load(Ordering::Acquire) {

@@ -110,12 +110,18 @@ impl ImageCopy {
         Ok(())
     }
 
-    /// Makes all that was written stable.
+    /// Makes all that was written stable. Not while the disk works on the image: of two syncs at a time the host would tell
+    /// one only of lost data.
     ///
     /// # Errors
-    /// If the host cannot.
+    /// If the host cannot, or could not once since the image was opened.
     pub fn sync(&self) -> io::Result<()> {
-        Ok(fdatasync(&self.image.file)?)
+        if let Some(error) = self.image.sync_failure() {
+            return Err(error.into());
+        }
+        let result = fdatasync(&self.image.file);
+        self.image.synced(result);
+        Ok(result?)
     }
 
     /// Notes what is written from now on, until the end of what this gives.

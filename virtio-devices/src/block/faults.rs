@@ -32,7 +32,7 @@ pub enum StepKind {
 pub enum Verdict {
     /// The host does it.
     Go,
-    /// It fails without having been done.
+    /// It fails without having been done, as if the host had returned this: of a sync it is believed as the host's own.
     Fail(Errno),
     /// The host transfers so many bytes at most.
     AtMost(usize),

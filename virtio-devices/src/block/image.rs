@@ -4,13 +4,18 @@
 //! reads. It belongs to the open file, so that it vanishes with the process however that ends, and network file systems
 //! pass it to every host. A backup that follows a primary holds none; when it goes live it takes the lock as soon as it
 //! can, since a predecessor that is frozen, and fenced by its lease, may hold it for any time.
+//!
+//! The host tells an open file once of data that it could not bring to the storage, and takes the pages for clean then: the
+//! next sync would succeed, and the data still be lost. So what must hold: once a sync has failed, every later one of the
+//! open image fails with the same error, and the host is not asked again. Writes that fail are another matter: nobody
+//! believes them to be done, and they may be tried again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -44,6 +49,8 @@ pub(super) struct Image {
     lock_whole_file: bool,
     locked: AtomicBool,
     failures: AtomicU32,
+    /// The error of the first sync that failed; zero if none has.
+    sync_failure: AtomicI32,
     faults: Option<Arc<dyn Faults>>,
 }
 
@@ -94,6 +101,7 @@ impl Image {
             lock_whole_file: options.lock_whole_file,
             locked: AtomicBool::new(false),
             failures: AtomicU32::new(0),
+            sync_failure: AtomicI32::new(0),
             faults: options.faults.clone(),
         })
     }
@@ -204,6 +212,33 @@ impl Image {
         }
     }
 
+    /// With what every sync fails from now on; `None` as long as the host may be asked for one.
+    pub fn sync_failure(&self) -> Option<Errno> {
+        match self.sync_failure.load(Ordering::Acquire) {
+            0 => None,
+            error => Some(Errno::from_raw(error)),
+        }
+    }
+
+    /// A sync has ended so. Called before anybody hears of that, and before the next sync begins.
+    pub fn synced(&self, result: Result<(), Errno>) {
+        let Err(error) = result else { return };
+        if may_hide_loss(error)
+            && self
+                .sync_failure
+                .compare_exchange(0, error as i32, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok()
+        {
+            log::error!(
+                "disk {}: the host could not make durable what was written: {error}. Some of it may be lost, and the \
+                 host will not say so again, so every flush of this image fails until it is opened anew. See to the \
+                 storage, then stop this VM, check the file systems on the image, and start it again; if this is the \
+                 backup of a pair, have the pair make a new one",
+                self.path.display()
+            );
+        }
+    }
+
     /// What a test wants to become of a step.
     pub fn verdict(&self, job: &mut Job) -> Verdict {
         self.faults.as_ref().map_or(Verdict::Go, |faults| faults.before(job.step()))
@@ -226,6 +261,20 @@ impl Image {
             log::warn!("disk {path}: {what} failed ({count} failures so far): {error}");
         }
     }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        // Whoever opens it next should see what the storage has, not what it was to have.
+        if self.sync_failure().is_some() {
+            self.forget_cached();
+        }
+    }
+}
+
+/// Whether a sync that failed so may have been the only one to be told of lost data. Not one that was kept from running.
+fn may_hide_loss(error: Errno) -> bool {
+    !matches!(error, Errno::EINTR | Errno::EAGAIN | Errno::ECANCELED)
 }
 
 /// Size in bytes; `None` if it is no file and no block device.

@@ -2,7 +2,8 @@
 //!
 //! The front half gives out together only what may be done in any order, so nothing here waits for anything
 //! but leave to begin. One thing is done once for many: a sync covers all that was written before it began, so those
-//! that ask for one while another runs share the next, and a flush with nothing completed since the last needs none.
+//! that ask for one while another runs share the next, and a flush with nothing completed since the last needs none. Once a
+//! sync has failed, all that wait for one fail ([`super::image`]).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -180,7 +181,7 @@ impl Worker {
         while batch.len() < self.engine.room()
             && let Some(mut job) = self.queues.ready.pop_front()
         {
-            if job.is_flush() && self.queues.unstable.is_empty() {
+            if job.is_flush() && self.is_stable() {
                 self.advance(job, Ok(0));
                 ended = true;
                 continue;
@@ -207,7 +208,10 @@ impl Worker {
             && let Some(mut leader) = self.queues.to_sync.pop()
         {
             leader.with = std::mem::take(&mut self.queues.to_sync);
-            if let Verdict::Fail(error) = self.image.verdict(&mut leader) {
+            let lost = self.image.sync_failure().map(Verdict::Fail);
+            let verdict = lost.unwrap_or_else(|| self.image.verdict(&mut leader));
+            if let Verdict::Fail(error) = verdict {
+                self.image.synced(Err(error));
                 self.advance_all(leader, Err(error));
                 ended = true;
             } else {
@@ -221,6 +225,11 @@ impl Worker {
         }
         self.engine.begin(batch);
         true
+    }
+
+    /// Whether a sync would change nothing.
+    fn is_stable(&self) -> bool {
+        self.queues.unstable.is_empty() && self.image.sync_failure().is_none()
     }
 
     /// Whether there is something to begin and leave to do so; asks to be woken if there is none.
@@ -244,8 +253,11 @@ impl Worker {
         for (mut job, outcome) in finished {
             if job.wants_sync() {
                 self.queues.syncing = false;
-                if matches!(outcome, Outcome::Done(Ok(_))) {
-                    self.queues.unstable.synced();
+                if let Outcome::Done(result) = outcome {
+                    self.image.synced(result.map(|_| ()));
+                    if result.is_ok() {
+                        self.queues.unstable.synced();
+                    }
                 }
             }
             match outcome {
