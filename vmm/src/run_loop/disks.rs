@@ -325,6 +325,11 @@ impl FollowedDisks {
         }
     }
 
+    /// A disk whose flushes fail here, so that the guest waits whatever it does.
+    pub fn failing(&self, now_ns: u64) -> Option<u8> {
+        self.flushes.failing(now_ns)
+    }
+
     /// Whether all is stable that the guest has flushed; if not, it is under way.
     pub fn make_stable(&mut self, now_ns: u64) -> bool {
         self.outlet.as_ref().is_none_or(|outlet| self.flushes.make_stable(now_ns, &**outlet))
@@ -636,10 +641,14 @@ mod tests {
         let write = || done(1, OK, b"");
         let wait = |failed| Settled::Wait { event: write(), device: 1, failed };
         assert_eq!(disks.settle(write(), 1001 * MS), wait(false));
+        assert_eq!(disks.failing(1001 * MS), None);
         disks.completed(done(0, FAILED, b""));
+        assert_eq!((disks.failing(1000 * MS), disks.failing(1001 * MS)), (None, Some(1)));
+        assert!(!disks.make_stable(1001 * MS), "it does not go live");
         assert_eq!(disks.settle(write(), 1001 * MS), wait(true));
         assert_eq!(noted.take(), [(1, false), (0, false), (0, true)]);
         disks.completed(done(0, OK, b""));
+        assert_eq!(disks.failing(1001 * MS), None);
         assert_eq!(disks.settle(write(), 1001 * MS), Settled::Apply(write()));
     }
 

@@ -6,8 +6,9 @@
 //! does not hold back both guests.
 //!
 //! What must hold: a side goes live only when all that its guest has flushed is stable here, too; and when the guest switches
-//! itself off, nothing that it has flushed is left undone. A flush that fails or hangs is noticed: it is tried again, and before
-//! long the guest's other requests to that disk wait for it.
+//! itself off, nothing that it has flushed is left undone. A flush that hangs is noticed: before long the guest's other requests to
+//! that disk wait for it. So is one that fails. It is asked for again, but the disk grants none that follows one in which data
+//! may have been lost, so before long all that the guest does waits for it: this side must not go live with such an image.
 
 use std::collections::BTreeMap;
 
@@ -101,6 +102,12 @@ impl Flushes {
             outlet.block_patiently(device, running.request.clone());
         }
         true
+    }
+
+    /// A disk on which a flush has failed, and not succeeded for so long that the guest must not go on.
+    #[must_use]
+    pub fn failing(&self, now_ns: u64) -> Option<u8> {
+        self.0.keys().copied().find(|device| self.overdue(*device, now_ns) == Some(true))
     }
 
     /// Whether the guest must wait for a flush on this disk; if so, whether that has failed and is tried again.

@@ -189,6 +189,11 @@ impl Replay {
     fn apply_next(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
         let Some((record, position)) = self.next.take() else { return Ok(Next::LogEmpty) };
         let point = record.point;
+        if let Some(device) = self.disks.failing(guest.tsc()) {
+            self.next = Some((record, position));
+            self.observer.awaits_disk(device, true);
+            return Ok(Next::AwaitsDisk);
+        }
         self.disks.begin_flushes(guest.tsc());
         let entry = match record.entry {
             Entry::Event(event @ Event::DiskCompletion { .. }) => {

@@ -183,6 +183,8 @@ impl Faults for Flaky {
     fn before(&self, step: Step) -> Verdict {
         match (self.0.fetch_add(1, Ordering::Relaxed) % 23, step.kind) {
             (0, StepKind::Write) => Verdict::Fail(Errno::ENOSPC),
+            // An error of the storage would be for good.
+            (0, StepKind::Sync) => Verdict::Fail(Errno::ECANCELED),
             (0, _) => Verdict::Fail(Errno::EIO),
             (1, _) => Verdict::Fail(Errno::EINTR),
             (2, StepKind::Read | StepKind::Write) => Verdict::AtMost(300),
@@ -230,13 +232,14 @@ fn errors_of_the_host_replay_to_equal_digests() {
     record_once_replay_twice(false, true);
 }
 
-/// Fails each step some times.
+/// Fails each step some times, a sync before it has begun.
 struct Recovering(AtomicU32);
 
 impl Faults for Recovering {
-    fn before(&self, _step: Step) -> Verdict {
+    fn before(&self, step: Step) -> Verdict {
         let take = |left: u32| left.checked_sub(1);
         match self.0.try_update(Ordering::SeqCst, Ordering::SeqCst, take) {
+            Ok(_) if step.kind == StepKind::Sync => Verdict::Fail(Errno::ECANCELED),
             Ok(_) => Verdict::Fail(Errno::EIO),
             Err(_) => Verdict::Go,
         }
