@@ -1,13 +1,15 @@
 //! The vCPU thread and its drivers around guests of a few bytes.
 
+mod executable;
 #[expect(dead_code, reason = "of what records and replays, these tests need a part")]
 mod recording;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use executable::executable;
 use ft::{Control, Event};
-use recording::{executable, guest, replay};
+use recording::{guest, replay};
 use rt_channel::{bounded, unbounded};
 use virtio_devices::BlockRequest;
 use virtio_devices::net::Offloads;

@@ -2,6 +2,8 @@
 //! it replays twice to equal digests, with errors of the host too; and what was under way when its host died
 //! is done by the side that goes on.
 
+#[path = "../executable/mod.rs"]
+mod executable;
 mod mirrored;
 mod reads;
 #[path = "../recording/mod.rs"]
@@ -14,9 +16,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use executable::executable;
 use ft::Event;
 use nix::errno::Errno;
-use recording::{ENTRY, executable, guest, record, replay, run};
+use recording::{guest, record, replay, run};
 use rt_channel::{Receiver, unbounded};
 use tempfile::NamedTempFile;
 use virtio_devices::block::back::{
