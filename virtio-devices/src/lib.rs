@@ -26,6 +26,7 @@ pub mod pci;
 mod poll;
 pub mod queue;
 pub mod rng;
+mod window;
 
 pub use block::{BlockConfig, BlockFront};
 pub use console::{ConsoleConfig, ConsoleFront};

@@ -341,9 +341,21 @@ impl Outlet for Backends {
         }
     }
 
+    fn console_taken(&self, device: u8) {
+        if let Some(console) = self.consoles.get(&device) {
+            console.taken();
+        }
+    }
+
     fn serial(&self, bytes: &[u8]) {
         if let Some(serial) = &self.serial {
             serial.output(bytes);
+        }
+    }
+
+    fn serial_taken(&self) {
+        if let Some(serial) = &self.serial {
+            serial.taken();
         }
     }
 

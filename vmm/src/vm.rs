@@ -420,7 +420,7 @@ impl Observer for VmShared {
 fn event_sink(inbox: Arc<OnceLock<InboxSender<Message>>>) -> EventSink {
     Arc::new(move |event| {
         let Some(inbox) = inbox.get() else { return };
-        // Network cards and disks bound what they have under way, so the inbox need not.
+        // Every back half bounds what it has under way, so the inbox need not.
         inbox.send(Message::Event(event));
     })
 }

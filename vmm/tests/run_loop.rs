@@ -37,6 +37,8 @@ impl Outlet for Nothing {
     fn frames(&self, _device: u8, _frames: &[Vec<u8>]) {}
     fn frames_taken(&self, _device: u8) {}
     fn set_offloads(&self, _device: u8, _offloads: Offloads) {}
+    fn console_taken(&self, _device: u8) {}
+    fn serial_taken(&self) {}
     fn console(&self, _device: u8, _bytes: &[u8]) {}
     fn serial(&self, _bytes: &[u8]) {}
     fn entropy(&self, _device: u8, _len: u32) {}

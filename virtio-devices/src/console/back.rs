@@ -3,6 +3,9 @@
 //! One thread does all reading and writing. Output waits in a queue of bounded size; when nobody reads
 //! it fast enough, the oldest goes. So a terminal that is stopped, or a socket whose client sleeps,
 //! never holds up the guest.
+//!
+//! Input is read no faster than the guest takes it: little of it is under way at a time, and the rest stays with
+//! whoever writes it, who waits as at any terminal.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -17,12 +20,17 @@ use nix::poll::PollFlags;
 use super::output::Output;
 use super::terminal::{self, RawMode};
 use crate::poll::{Bell, PollThread, readable};
+use crate::window::Window;
 
 /// Bytes gathered for one write.
 const WRITE_CHUNK: usize = 64 << 10;
 
 /// Bytes read at a time.
 const INPUT_CHUNK: usize = 4096;
+
+/// Chunks read that the guest has not taken yet, at most. The front halves have room for twice as many: those of a
+/// side that failed, and those of the one that took over.
+const UNDER_WAY_MAX: usize = 2;
 
 /// Where input goes; called on the console's thread.
 pub type InputSink = Box<dyn Fn(Vec<u8>) + Send>;
@@ -97,6 +105,7 @@ pub struct ConsoleBack {
     streams: Mutex<Option<Streams>>,
     pty: Option<PathBuf>,
     pending: Arc<Output>,
+    window: Arc<Window>,
     running: OnceLock<Running>,
 }
 
@@ -142,7 +151,9 @@ impl ConsoleBack {
             }
         }
         let streams = Mutex::new(Some(streams));
-        Ok(Self { mode, streams, pty, pending: Arc::default(), running: OnceLock::new() })
+        let window = Arc::new(Window::new(UNDER_WAY_MAX));
+        let (pending, running) = (Arc::default(), OnceLock::new());
+        Ok(Self { mode, streams, pty, pending, window, running })
     }
 
     /// The pseudo-terminal's path, if that is the mode.
@@ -175,8 +186,8 @@ impl ConsoleBack {
             }
             ConsoleMode::Null | ConsoleMode::File(_) | ConsoleMode::Pty => {}
         }
-        let pending = Arc::clone(&self.pending);
-        let worker = Worker { streams, pending, written: 0, writing: Vec::new(), sink };
+        let (pending, window) = (Arc::clone(&self.pending), Arc::clone(&self.window));
+        let worker = Worker { streams, pending, window, written: 0, writing: Vec::new(), sink };
         let thread = PollThread::spawn("console", move |bell| worker.run(bell))
             .map_err(|source| ConsoleBackError::Thread { source })?;
         let running = Running { thread, _raw_mode: raw_mode, _socket: socket };
@@ -192,6 +203,15 @@ impl ConsoleBack {
         }
         self.pending.push(bytes);
         if let Some(running) = self.running.get() {
+            running.thread.ring();
+        }
+    }
+
+    /// The guest has taken a chunk of input: another may follow.
+    pub fn taken(&self) {
+        if self.window.drain()
+            && let Some(running) = self.running.get()
+        {
             running.thread.ring();
         }
     }
@@ -235,6 +255,7 @@ impl Drop for SocketFile {
 struct Worker {
     streams: Streams,
     pending: Arc<Output>,
+    window: Arc<Window>,
     /// Taken from `pending`; the first `written` bytes are out.
     writing: Vec<u8>,
     written: usize,
@@ -283,7 +304,9 @@ impl Worker {
             roles.push(role);
             fds.push((fd, flags));
         };
-        if let Some(input) = input {
+        if let Some(input) = input
+            && !self.window.is_closed()
+        {
             want(Role::Input, input.as_fd(), PollFlags::POLLIN);
         }
         if let Some(listener) = listener {
@@ -305,6 +328,7 @@ impl Worker {
             Ok(0) => self.hang_up(),
             Ok(count) => {
                 bytes.truncate(count);
+                self.window.fill();
                 (self.sink)(bytes);
             }
             Err(error) if passing(&error) => {}
@@ -393,6 +417,7 @@ fn passing(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
+    use std::time::Duration;
 
     use super::*;
 
@@ -446,6 +471,61 @@ mod tests {
         back.stop();
     }
 
+    /// Takes all of a socket's input, each chunk only when nothing more has come for a while.
+    #[test]
+    fn no_more_is_read_than_the_guest_takes_and_nothing_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
+        let input = start(&back);
+        let sent: Vec<u8> = (0..400_000u32).flat_map(|n| n.to_le_bytes()).collect();
+        let mut client = UnixStream::connect(&path).unwrap();
+        let bytes = sent.clone();
+        let writer = std::thread::spawn(move || client.write_all(&bytes).unwrap());
+        let mut received = Vec::new();
+        for _ in 0..UNDER_WAY_MAX {
+            received.extend(input.recv().unwrap());
+        }
+        let silence = Duration::from_millis(100);
+        for _ in 0..5 {
+            assert!(input.recv_timeout(silence).is_err(), "it reads although nothing was taken");
+            back.taken();
+            received.extend(input.recv().unwrap());
+        }
+        assert!(!writer.is_finished(), "what is not read waits with the writer");
+        while received.len() < sent.len() {
+            back.taken();
+            received.extend(input.recv().unwrap());
+        }
+        writer.join().unwrap();
+        assert!(received == sent, "in order");
+        back.stop();
+    }
+
+    #[test]
+    fn output_leaves_while_input_waits() {
+        let back = ConsoleBack::open(ConsoleMode::Pty).unwrap();
+        let path = back.pty().unwrap().to_path_buf();
+        let input = start(&back);
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+        let mut user = options.open(path).unwrap();
+        for _ in 0..UNDER_WAY_MAX {
+            user.write_all(b"x").unwrap();
+            assert_eq!(input.recv().unwrap(), b"x");
+        }
+        user.write_all(b"y").unwrap();
+        back.output(b"still here");
+        let mut seen = [0; 10];
+        user.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"still here");
+        assert!(input.try_recv().is_err());
+        back.taken();
+        assert_eq!(input.recv().unwrap(), b"y");
+        drop(user);
+        back.stop();
+    }
+
     #[test]
     fn a_socket_serves_one_client_after_another_and_goes_away() {
         let dir = tempfile::tempdir().unwrap();
@@ -457,6 +537,7 @@ mod tests {
             let mut client = UnixStream::connect(&path).unwrap();
             client.write_all(message).unwrap();
             assert_eq!(collect(&input, message.len()), message);
+            back.taken();
             back.output(message);
             let mut echo = vec![0; message.len()];
             client.read_exact(&mut echo).unwrap();

@@ -14,7 +14,8 @@ const QUEUE_SIZE: u16 = 64;
 /// VIRTIO_CONSOLE_F_SIZE.
 const F_SIZE: u64 = 1 << 0;
 
-/// Input that waits for the guest; what comes beyond is dropped, as a serial line would.
+/// Input that waits for the guest; what comes beyond is dropped, as a serial line would. The back half hands over no
+/// more while something waits here ([`Front::backlogged`]), so that little ever does.
 const BACKLOG_MAX: usize = 64 << 10;
 
 /// Output in one chain at most.
@@ -148,6 +149,10 @@ impl<M: GuestMemory> Front<M> for ConsoleFront {
 
     fn outstanding(&self) -> Vec<Effect> {
         Vec::new()
+    }
+
+    fn backlogged(&self) -> bool {
+        !self.state.backlog.is_empty()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

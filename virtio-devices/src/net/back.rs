@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::poll::PollFlags;
@@ -22,6 +22,7 @@ use nix::poll::PollFlags;
 use super::offload::{FRAME_MAX, HEADER_SIZE, Offloads};
 use super::tap::{self, TapError};
 use crate::poll::{Bell, PollThread, readable};
+use crate::window::Window;
 
 /// Frames in a batch at most, and bytes after which none is added.
 pub const BATCH_MAX: usize = 64;
@@ -46,39 +47,6 @@ pub struct TapOptions {
     pub mtu: Option<u16>,
     /// What the guest's driver may be promised, and the interface must therefore be able to do.
     pub offloads: Offloads,
-}
-
-/// How much of what was received the guest has yet to take.
-#[derive(Debug, Default)]
-struct Window {
-    under_way: AtomicUsize,
-    /// The thread waits for its bell, which says that there is room again.
-    closed: AtomicBool,
-}
-
-impl Window {
-    /// Counts a batch handed over.
-    fn fill(&self) {
-        self.under_way.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Whether no further batch may be handed over now. If so, the next [`Window::drain`] asks for the bell.
-    fn is_closed(&self) -> bool {
-        self.closed.store(true, Ordering::SeqCst);
-        let full = self.under_way.load(Ordering::SeqCst) >= UNDER_WAY_MAX;
-        if !full {
-            self.closed.store(false, Ordering::SeqCst);
-        }
-        full
-    }
-
-    /// Counts a batch taken; whether to ring the bell.
-    fn drain(&self) -> bool {
-        // A batch that was never counted is no reason to count below zero.
-        let _ =
-            self.under_way.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
-        self.closed.swap(false, Ordering::SeqCst)
-    }
 }
 
 /// An attached TAP interface.
@@ -108,7 +76,7 @@ impl NetBack {
             name,
             file: Arc::new(file),
             thread: OnceLock::new(),
-            window: Arc::default(),
+            window: Arc::new(Window::new(UNDER_WAY_MAX)),
             dropped: AtomicU64::new(0),
             refusals: AtomicU32::new(0),
         }
@@ -331,23 +299,5 @@ mod tests {
         assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
         assert_eq!(frame[22..28], mac);
         assert_eq!(frame[32..38], mac);
-    }
-
-    #[test]
-    fn the_window_closes_when_nothing_is_taken_and_asks_for_one_ring() {
-        let window = Window::default();
-        for _ in 0..UNDER_WAY_MAX {
-            assert!(!window.is_closed());
-            window.fill();
-        }
-        assert!(window.is_closed());
-        assert!(window.drain(), "the thread sleeps");
-        assert!(!window.drain(), "it has been woken");
-        assert!(!window.is_closed());
-        for _ in 0..2 * UNDER_WAY_MAX {
-            assert!(!window.drain());
-        }
-        window.fill();
-        assert!(!window.is_closed());
     }
 }

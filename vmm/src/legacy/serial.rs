@@ -1,7 +1,8 @@
 //! The 16550 serial port COM1, on vm-superio's register model.
 //!
 //! What is typed faster than the guest reads waits here, up to a limit; beyond it bytes are lost, as on
-//! a line without flow control. The limit counts bytes, not time, so both sides lose the same ones.
+//! a line without flow control. The limit counts bytes, not time, so both sides lose the same ones. The back
+//! half hands over no more while something waits ([`SerialPort::backlogged`]), so that little ever does.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -80,6 +81,12 @@ impl SerialPort {
         let room = BACKLOG_MAX - self.backlog.len();
         self.backlog.extend(bytes.iter().take(room));
         self.refill();
+    }
+
+    /// Whether more had better wait outside, since the guest has not taken yet what came before.
+    #[must_use]
+    pub fn backlogged(&self) -> bool {
+        !self.backlog.is_empty()
     }
 
     fn refill(&mut self) {
@@ -188,7 +195,9 @@ mod tests {
         let sent: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
         port.input(&sent);
         assert!(port.take_interrupt());
+        assert!(port.backlogged());
         assert_eq!(read_all(&mut port), sent);
+        assert!(!port.backlogged());
     }
 
     #[test]

@@ -354,6 +354,12 @@ impl Machine {
         self.pci.device(device).is_some_and(|device| device.front().backlogged())
     }
 
+    /// As [`Machine::backlogged`], of the serial port.
+    #[must_use]
+    pub fn serial_backlogged(&self) -> bool {
+        self.serial.as_ref().is_some_and(SerialPort::backlogged)
+    }
+
     /// What the devices have done so far, by device id: part of the state, so it outlives a change of
     /// host. [`crate::backends::Backends::counters`] adds latencies.
     #[must_use]

@@ -492,7 +492,9 @@ mod tests {
         fn frames_taken(&self, _: u8) {}
         fn set_offloads(&self, _: u8, _: Offloads) {}
         fn console(&self, _: u8, _: &[u8]) {}
+        fn console_taken(&self, _: u8) {}
         fn serial(&self, _: &[u8]) {}
+        fn serial_taken(&self) {}
         fn entropy(&self, _: u8, _: u32) {}
         fn close_disks(&self) {}
         fn open_disks(&self) {}

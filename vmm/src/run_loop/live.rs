@@ -36,6 +36,43 @@ pub enum Next {
     Rebooted,
 }
 
+/// Where something came from that the guest had not asked for.
+enum Unasked {
+    Frames(u8),
+    Console(u8),
+    Serial,
+}
+
+impl Unasked {
+    fn of(event: &Event) -> Option<Self> {
+        match event {
+            Event::Frames { device, .. } => Some(Self::Frames(*device)),
+            Event::ConsoleInput { device, .. } => Some(Self::Console(*device)),
+            Event::SerialInput { .. } => Some(Self::Serial),
+            Event::DiskCompletion { .. }
+            | Event::Entropy { .. }
+            | Event::Control(_)
+            | Event::Anchor { .. } => None,
+        }
+    }
+
+    fn is_backlogged(&self, guest: &Guest) -> bool {
+        match self {
+            Self::Frames(device) | Self::Console(device) => guest.machine().backlogged(*device),
+            Self::Serial => guest.machine().serial_backlogged(),
+        }
+    }
+
+    /// Lets the back half hand over more.
+    fn ask(&self, outlet: &dyn Outlet) {
+        match self {
+            Self::Frames(device) => outlet.frames_taken(*device),
+            Self::Console(device) => outlet.console_taken(*device),
+            Self::Serial => outlet.serial_taken(),
+        }
+    }
+}
+
 /// See the module's documentation.
 pub struct Live {
     pacer: Pacer,
@@ -49,8 +86,8 @@ pub struct Live {
     /// Fraction of its time that the guest gives away to a copy in the making.
     copy_throttle: f64,
     throttle: Throttle,
-    /// Network devices, one for each batch of frames applied that they still hold some of.
-    backlogged: Vec<u8>,
+    /// One for each batch of frames or piece of input applied that its device still holds some of.
+    backlogged: Vec<Unasked>,
     next_flush_tsc: u64,
     gathering: Gathering,
     /// What this side's disks had done for a guest that was not so far.
@@ -143,9 +180,7 @@ impl Live {
         let recorder = self.recorder.as_mut();
         let stripped = recorder.and_then(|recorder| recorder.logged(guest, &event));
         guest.apply(&event)?;
-        if let Event::Frames { device, .. } = event {
-            self.backlogged.push(device);
-        }
+        self.backlogged.extend(Unasked::of(&event));
         self.record(guest, Entry::Event(stripped.unwrap_or(event)));
         self.drain_effects(guest)?;
         self.take_more(guest);
@@ -174,14 +209,14 @@ impl Live {
         again
     }
 
-    /// Asks for more frames where the guest has taken what came. Until then they wait outside: a guest that
+    /// Asks for more frames and input where the guest has taken what came. Until then they wait outside: a guest that
     /// is slower than its network would otherwise lose them here, and do nothing but be interrupted.
     fn take_more(&mut self, guest: &Guest) {
         let outlet = &self.outlet;
-        self.backlogged.retain(|&device| {
-            let wait = guest.machine().backlogged(device);
+        self.backlogged.retain(|source| {
+            let wait = source.is_backlogged(guest);
             if !wait {
-                outlet.frames_taken(device);
+                source.ask(&**outlet);
             }
             wait
         });

@@ -21,8 +21,12 @@ pub trait Outlet: Send + Sync {
     fn set_offloads(&self, device: u8, offloads: Offloads);
     /// Writes to a virtio console.
     fn console(&self, device: u8, bytes: &[u8]);
+    /// Lets a virtio console hand over more: the guest has taken a piece of its input.
+    fn console_taken(&self, device: u8);
     /// Writes to the serial port.
     fn serial(&self, bytes: &[u8]);
+    /// As [`Outlet::console_taken`], of the serial port.
+    fn serial_taken(&self);
     /// Asks for random bytes; they arrive as an event.
     fn entropy(&self, device: u8, len: u32);
     /// Begins no disk request from now on, and returns when those under way have ended. Unlike the other

@@ -136,9 +136,11 @@ impl Outlet for OneDisk {
     fn frames_taken(&self, _device: u8) {}
     fn set_offloads(&self, _device: u8, _offloads: Offloads) {}
     fn console(&self, _device: u8, _bytes: &[u8]) {}
+    fn console_taken(&self, _device: u8) {}
     fn serial(&self, bytes: &[u8]) {
         self.serial.lock().unwrap().extend(bytes);
     }
+    fn serial_taken(&self) {}
     fn entropy(&self, _device: u8, _len: u32) {}
     fn close_disks(&self) {
         self.disk.valve().close();
