@@ -25,9 +25,9 @@ pub enum Entry {
         /// Which.
         number: OutputNumber,
     },
-    /// Every output up to and including this one has left the primary: the system calls have
-    /// returned. The backup drops its copies. To say so when the gate has opened would be too early:
-    /// outputs on their way to a back half die with the primary.
+    /// Every output up to and including this one has left the gate and been given to its back half, which for
+    /// frames is a system call that has returned. The backup drops its copies; disk requests it issues again from
+    /// the devices' own books.
     Released {
         /// The last one that left.
         through: OutputNumber,
