@@ -75,10 +75,14 @@ impl Guest {
         memory: GuestMemory,
         host: &HostFacts,
     ) -> Result<Self, GuestError> {
-        let machine = Machine::new(config, memory.clone(), host)?;
+        let mut machine = Machine::new(config, memory.clone(), host)?;
+        let counts_exactly = hypervisor.counts_exactly();
+        if !counts_exactly {
+            // It has no anchors to stop at.
+            machine.stop_at_once();
+        }
         let mut vm = hypervisor.create_vm(memory)?;
         let vcpu = vm.create_vcpu(0)?;
-        let counts_exactly = hypervisor.counts_exactly();
         let digest_pages = PageHashes::default();
         Ok(Self { vm, vcpu, machine, payload: None, counts_exactly, digest_pages })
     }

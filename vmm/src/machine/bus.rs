@@ -4,7 +4,7 @@ use hypervisor::{AccessContext, Bus};
 use virtio_devices::Effects;
 
 use super::{Machine, MachineEffect, layout};
-use crate::legacy::Power;
+use crate::legacy::{Power, SerialPort};
 use crate::pci::PciBus;
 
 /// Bit of the reset control register that resets the processor when it goes up.
@@ -80,7 +80,9 @@ impl Bus for Machine {
         } else {
             self.pci.find_bar(address, data.len()).and_then(|(slot, offset)| {
                 let device = self.pci.device_mut(slot)?;
+                let waits = device.front().backlogged();
                 device.bar_write(offset, data, &self.memory, &mut effects);
+                cx.stop |= self.stops_at_once && waits && !device.front().backlogged();
                 Some(slot)
             })
         };
@@ -99,10 +101,8 @@ impl Machine {
     fn read_port(&mut self, port: u16, cx: &mut AccessContext<'_>) -> u8 {
         match port {
             layout::COM1..=COM1_END => {
-                let Some(serial) = &mut self.serial else { return 0xff };
-                let value = serial.read((port - layout::COM1) as u8);
-                self.after_serial(cx);
-                value
+                let register = (port - layout::COM1) as u8;
+                self.with_serial(cx, |serial| serial.read(register)).unwrap_or(0xff)
             }
             RTC_DATA => self.rtc.read(cx.tsc),
             // No byte waits in either direction.
@@ -112,13 +112,24 @@ impl Machine {
         }
     }
 
+    fn with_serial<T>(
+        &mut self,
+        cx: &mut AccessContext<'_>,
+        access: impl FnOnce(&mut SerialPort) -> T,
+    ) -> Option<T> {
+        let serial = self.serial.as_mut()?;
+        let waits = serial.backlogged();
+        let value = access(serial);
+        cx.stop |= self.stops_at_once && waits && !serial.backlogged();
+        self.after_serial(cx);
+        Some(value)
+    }
+
     fn write_port(&mut self, port: u16, value: u8, cx: &mut AccessContext<'_>) {
         match port {
             layout::COM1..=COM1_END => {
-                if let Some(serial) = &mut self.serial {
-                    serial.write((port - layout::COM1) as u8, value);
-                    self.after_serial(cx);
-                }
+                let register = (port - layout::COM1) as u8;
+                self.with_serial(cx, |serial| serial.write(register, value));
             }
             layout::RTC => self.rtc.select(value),
             RTC_DATA => self.rtc.write(value, cx.tsc),

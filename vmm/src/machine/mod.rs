@@ -212,6 +212,8 @@ pub struct Machine {
     rtc: Rtc,
     macs: Vec<Option<String>>,
     effects: Vec<MachineEffect>,
+    /// See [`Machine::stop_at_once`].
+    stops_at_once: bool,
 }
 
 impl Machine {
@@ -240,7 +242,15 @@ impl Machine {
             rtc: Rtc::new(host.boot_wall_ns),
             macs: config.net().iter().map(|net| net.mac.map(|mac| mac.to_string())).collect(),
             effects: Vec::new(),
+            stops_at_once: false,
         })
+    }
+
+    /// From now on also stops the guest where it would have the run loop look at it at its next stop: at console and
+    /// serial output, and where a device has room again for what waits outside. For a processor that may run on for as
+    /// long as it likes otherwise.
+    pub fn stop_at_once(&mut self) {
+        self.stops_at_once = true;
     }
 
     /// Puts kernel, initramfs, command line and ACPI tables into memory; the result is where the
@@ -391,8 +401,10 @@ impl Machine {
         cx.stop = true;
     }
 
-    /// Console output waits for the next stop: a stop for each byte would slow the guest down.
-    fn push_output(&mut self, effect: MachineEffect) {
+    /// Console output waits for the next stop if one is certain to come: a stop for each byte would slow the guest
+    /// down.
+    fn push_output(&mut self, effect: MachineEffect, cx: &mut AccessContext<'_>) {
+        cx.stop |= self.stops_at_once;
         match (self.effects.last_mut(), effect) {
             (Some(MachineEffect::Serial { bytes }), MachineEffect::Serial { bytes: more }) => {
                 bytes.extend(more);
@@ -418,7 +430,7 @@ impl Machine {
                     self.push(MachineEffect::Offloads { device, offloads }, cx);
                 }
                 Effect::ConsoleOutput(bytes) => {
-                    self.push_output(MachineEffect::Console { device, bytes });
+                    self.push_output(MachineEffect::Console { device, bytes }, cx);
                 }
                 Effect::EntropyWanted { len } => {
                     self.push(MachineEffect::EntropyWanted { device, len }, cx);
@@ -437,7 +449,7 @@ impl Machine {
         }
         let bytes = serial.take_output();
         if !bytes.is_empty() {
-            self.push_output(MachineEffect::Serial { bytes });
+            self.push_output(MachineEffect::Serial { bytes }, cx);
         }
     }
 

@@ -169,6 +169,27 @@ fn serial_output_is_queued_without_a_stop_and_input_interrupts() {
 }
 
 #[test]
+fn a_machine_that_stops_at_once_does_so_at_output_and_when_input_was_taken() {
+    let mut guest = Guest::new();
+    guest.machine.stop_at_once();
+    guest.out(layout::COM1, b"x");
+    assert!(std::mem::take(&mut guest.stopped));
+    assert_eq!(*guest.machine.effects(), [MachineEffect::Serial { bytes: b"x".to_vec() }]);
+    guest.input(layout::COM1 + 5, 1);
+    assert!(!guest.stopped, "nothing came out");
+
+    let mut taken = 0;
+    guest.event(&Event::SerialInput { bytes: vec![b'y'; 1000] }).unwrap();
+    while !guest.stopped {
+        assert!(guest.machine.serial_backlogged());
+        guest.input(layout::COM1, 1);
+        taken += 1;
+    }
+    assert!(!guest.machine.serial_backlogged());
+    assert!((1..1000).contains(&taken), "{taken} bytes taken");
+}
+
+#[test]
 fn the_power_button_raises_the_sci_and_soft_off_stops() {
     let mut guest = Guest::new();
     guest.out(layout::PM1_EVENT + 2, &0x100u16.to_le_bytes());

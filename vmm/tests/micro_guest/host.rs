@@ -190,6 +190,8 @@ pub struct Micro {
     watchdog: Watchdog,
     disk: Vec<u8>,
     output: Vec<u8>,
+    /// Most bytes of output that were there at a stop.
+    longest_output: usize,
 }
 
 impl Micro {
@@ -208,7 +210,10 @@ impl Micro {
         config.complete(|| [0; 5]);
         let memory = hypervisor::memory::allocate(&layout::ram_ranges(MEMORY)).unwrap();
         let facts = HostFacts { boot_wall_ns: 0, disk_sectors: vec![DISK_SECTORS] };
-        let machine = Machine::new(&config, memory.clone(), &facts).unwrap();
+        let mut machine = Machine::new(&config, memory.clone(), &facts).unwrap();
+        if !hypervisor.counts_exactly() {
+            machine.stop_at_once();
+        }
         let mut vm = hypervisor.create_vm(memory).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         Self {
@@ -219,12 +224,18 @@ impl Micro {
             vcpu,
             disk: disk_image(),
             output: Vec::new(),
+            longest_output: 0,
         }
     }
 
     /// What came out of the serial port.
     pub fn output(&self) -> String {
         String::from_utf8_lossy(&self.output).into_owned()
+    }
+
+    /// Most bytes of output that were there at a stop.
+    pub fn longest_output(&self) -> usize {
+        self.longest_output
     }
 
     /// Runs to the next stop.
@@ -250,7 +261,10 @@ impl Micro {
         let mut stop = bus.reached.then_some(Stop::Checkpoint);
         for effect in std::mem::take(self.machine.effects()) {
             match effect {
-                MachineEffect::Serial { bytes } => self.output.extend(bytes),
+                MachineEffect::Serial { bytes } => {
+                    self.longest_output = self.longest_output.max(bytes.len());
+                    self.output.extend(bytes);
+                }
                 MachineEffect::Block { device, request } => {
                     stop = Some(Stop::Disk(DiskRequest { device, request }));
                 }

@@ -45,6 +45,15 @@ fn the_same_image_gives_the_same_answers() {
 }
 
 #[test]
+fn output_is_handed_out_as_it_is_made_where_nothing_else_stops_the_guest() {
+    on_every_backend(|hypervisor| {
+        let micro = finish(Micro::new(hypervisor), |micro| micro);
+        let whole_lines = micro.longest_output() > 1;
+        assert_eq!(whole_lines, hypervisor.counts_exactly(), "on {}", hypervisor.name());
+    });
+}
+
+#[test]
 fn it_goes_on_in_another_vm_from_every_stop() {
     on_every_backend(|hypervisor| {
         let mut stops = 0;
