@@ -396,7 +396,7 @@ impl RunLoop {
             return Ok(());
         }
         if self.stands_still() || !self.deferred.is_empty() {
-            // Devices have only so many requests, and a network so many batches, under way.
+            // Devices have only so many requests, and networks and consoles so many pieces, under way.
             self.deferred.push(event);
             return Ok(());
         }
