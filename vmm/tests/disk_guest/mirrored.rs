@@ -126,15 +126,22 @@ fn goes_on_alone(setup: &Setup, log: &[u8]) -> bool {
         let count = steps.iter().filter(|s| s.kind == kind && s.offset == sector * 512).count();
         (kind, sector * 512, count)
     };
-    let targets = under_way.iter().filter_map(|(_, request)| match &request.op {
-        BlockOp::Read { sector, .. } => Some(nth(StepKind::Read, *sector)),
-        BlockOp::Write { sector, .. } => Some(nth(StepKind::Write, *sector)),
-        _ => None,
-    });
+    // One for each place: a second request there has not begun, and would be confused with what the guest asks for later.
+    let mut targets = Vec::new();
+    for (_, request) in &under_way {
+        let target = match &request.op {
+            BlockOp::Read { sector, .. } => nth(StepKind::Read, *sector),
+            BlockOp::Write { sector, .. } => nth(StepKind::Write, *sector),
+            _ => continue,
+        };
+        if !targets.contains(&target) {
+            targets.push(target);
+        }
+    }
     let late = Arc::new(FailsLate {
         following: AtomicBool::new(true),
         failed_live: AtomicU32::new(0),
-        left: Mutex::new(targets.collect()),
+        left: Mutex::new(targets),
     });
     let (mut backup, replay, outlet, events, _image) =
         follow(setup, log, Arc::clone(&late) as Arc<dyn Faults>);
