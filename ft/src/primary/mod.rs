@@ -474,6 +474,7 @@ impl Primary {
         self.let_run(actions);
     }
 
+    /// Gives the guest all its time back, whether it was stalled or slowed down.
     fn let_run(&mut self, actions: &mut Vec<Action>) {
         if std::mem::take(&mut self.stalled) {
             actions.push(Action::Unstall);
