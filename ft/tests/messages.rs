@@ -397,3 +397,138 @@ fn a_stalled_guest_runs_on_while_its_backup_is_lost() {
         assert_eq!(done, (stalls, unstalls), "after {input:?}");
     }
 }
+
+/// A backup that has executed all of the log that it has, and is wanted to take over.
+fn forced_backup() -> (Backup, Vec<backup::Action>) {
+    let config = BackupConfig { who: "b".into(), capabilities: capabilities() };
+    let mut backup = Backup::new(Duration::ZERO, config);
+    let mut actions = Vec::new();
+    for input in honest_backup(8) {
+        backup.step(Duration::ZERO, input, &mut actions).expect("the honest part is legal");
+    }
+    let (point, position) = (ExecutionPoint(12), LogPosition(3));
+    for input in [
+        backup::Input::Executed { point, position, digests_compared: 0 },
+        backup::Input::Stable { position },
+    ] {
+        backup.step(Duration::ZERO, input, &mut actions).expect("it was received");
+    }
+    (backup, actions)
+}
+
+#[test]
+fn a_forced_take_over_costs_nothing_until_the_claim_is_won() {
+    let (mut backup, mut actions) = forced_backup();
+    assert!(matches!(actions.last(), Some(backup::Action::Claim { .. })), "{actions:?}");
+    let generation = terms().generation;
+    let mut now = Duration::ZERO;
+    let mut received = 3;
+    let mut step = |input: backup::Input, actions: &mut Vec<backup::Action>| {
+        now += Duration::from_millis(10);
+        actions.clear();
+        backup.step(now, input, actions).expect("legal");
+    };
+    let acknowledges = |actions: &[backup::Action], position: u64| {
+        let received = LogPosition(position);
+        actions.contains(&backup::Action::Send(Message::Ack { received }))
+    };
+    let log = |position| {
+        let bytes = vec![1, 0, 4];
+        backup::Input::Message(Message::Log { position: LogPosition(position), bytes })
+    };
+    let heartbeat =
+        |stamp_us| backup::Input::Message(Message::Heartbeat { stamp_us, echo_us: None });
+    let echoes = |actions: &[backup::Action], stamp_us: u64| {
+        actions.iter().any(|action| {
+            matches!(action, backup::Action::Send(Message::Heartbeat { echo_us, .. }) if *echo_us == Some(stamp_us))
+        })
+    };
+    // As long as the arbiter is out of reach.
+    for _ in 0..100 {
+        let answer = Err("no route to host".to_owned());
+        step(backup::Input::ArbiterAnswered { generation, answer }, &mut actions);
+        step(log(received), &mut actions);
+        received += 3;
+        assert!(acknowledges(&actions, received));
+        step(heartbeat(received), &mut actions);
+        assert!(echoes(&actions, received), "the primary has its lease");
+    }
+    // And no longer.
+    let tells = |actions: &[backup::Action]| {
+        actions.contains(&backup::Action::Send(Message::TakenOver { generation }))
+    };
+    for _ in 0..100 {
+        step(heartbeat(received), &mut actions);
+    }
+    let answer = Ok(ft::Claim::Won);
+    step(backup::Input::ArbiterAnswered { generation, answer }, &mut actions);
+    assert!(actions.contains(&backup::Action::MakeStable) && !tells(&actions));
+    step(log(received), &mut actions);
+    assert!(!acknowledges(&actions, received + 3));
+    step(heartbeat(received + 1), &mut actions);
+    assert!(!echoes(&actions, received + 1));
+    let (point, position) = (ExecutionPoint(12), LogPosition(received));
+    step(backup::Input::Executed { point, position, digests_compared: 0 }, &mut actions);
+    assert!(!tells(&actions), "not all is stable");
+    step(backup::Input::Stable { position }, &mut actions);
+    assert!(tells(&actions));
+    step(backup::Input::Message(Message::Yielded), &mut actions);
+    let live = |action: &backup::Action| matches!(action, backup::Action::GoLive { .. });
+    assert!(actions.iter().any(live), "{actions:?}");
+}
+
+#[test]
+fn a_copy_that_differs_while_it_asks_is_left_to_its_primary() {
+    for answer in [Err("no route to host".to_owned()), Ok(ft::Claim::Won)] {
+        let (mut backup, mut actions) = forced_backup();
+        let generation = terms().generation;
+        let mut hasher = PageHasher::new();
+        hasher.add(1, &[7]);
+        let unequal =
+            Unequal { component: "cpu".into(), primary: Some(1), backup: None, page: None };
+        let log = Message::Log { position: LogPosition(3), bytes: vec![1, 0, 4] };
+        let (point, pages) = (ExecutionPoint(13), hasher.into_list());
+        for input in [
+            backup::Input::Message(log),
+            backup::Input::ArbiterAnswered { generation, answer },
+            backup::Input::Unequal { point, unequal, pages },
+        ] {
+            backup.step(Duration::ZERO, input, &mut actions).expect("legal");
+        }
+        assert_eq!(backup.state_name(), "discarded");
+        let said = |wanted: fn(&Message) -> bool| {
+            actions
+                .iter()
+                .any(|action| matches!(action, backup::Action::Send(message) if wanted(message)))
+        };
+        assert!(said(|message| matches!(message, Message::DigestUnequal { .. })));
+        assert!(
+            !said(|message| matches!(message, Message::TakenOver { .. })),
+            "the primary must not lose"
+        );
+    }
+}
+
+#[test]
+fn a_hand_over_to_a_side_whose_disk_hangs_comes_back() {
+    let config = BackupConfig { who: "b".into(), capabilities: capabilities() };
+    let mut backup = Backup::new(Duration::ZERO, config);
+    let mut actions = Vec::new();
+    let end = LogPosition(3);
+    let (point, position) = (ExecutionPoint(12), end);
+    for input in honest_backup(7).into_iter().chain([
+        backup::Input::Message(Message::HandOver { end }),
+        backup::Input::Executed { point, position, digests_compared: 0 },
+        backup::Input::AwaitsDisk { device: 0, failed: false },
+    ]) {
+        backup.step(Duration::ZERO, input, &mut actions).expect("legal");
+    }
+    let claims = |action: &backup::Action| matches!(action, backup::Action::Claim { .. });
+    assert!(!actions.iter().any(claims), "it has taken the VM, and cannot go on");
+    // The primary has waited long enough, and won.
+    let message = Message::Disable { reason: "the primary goes on alone".into() };
+    backup
+        .step(Duration::from_secs(3), backup::Input::Message(message), &mut actions)
+        .expect("legal");
+    assert_eq!(backup.state_name(), "discarded");
+}

@@ -2,8 +2,8 @@
 //!
 //! The primary's guest is stopped for as long as the backup's cannot go on, first by lag control, then by the bound of the
 //! log. What must hold: no spare stops it for good. So a backup that waits too long says that it is none, and the primary
-//! goes on without it. Nor may it leave nobody: it gives up only when it has just heard the primary, and while it takes
-//! over it goes on trying. The copy is made stable in one go, which may take much longer than a request: that has
+//! goes on without it. Nor may it leave nobody: it gives up only when it has just heard the primary, and once it takes
+//! over from a primary that may be lost, or may have won, it goes on trying. The copy is made stable in one go, which may take much longer than a request: that has
 //! [`COPY_PATIENCE`] times as long.
 
 use std::time::Duration;
@@ -31,7 +31,7 @@ impl Backup {
 
     /// To be called when the primary has been heard: one that is silent may be dead, and this copy all there is.
     pub(super) fn give_up_on_disk(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if !self.state.takes_log() {
+        if !self.state.can_be_left() {
             return;
         }
         let timeout = self.timing.disk_timeout();
@@ -123,6 +123,15 @@ mod tests {
             self.machine.step(at(ms), input, &mut self.actions).expect("legal");
         }
 
+        fn executes(&mut self, ms: u64, position: u64) {
+            let (point, position) = (ExecutionPoint(position), LogPosition(position));
+            self.step(ms, Input::Executed { point, position, digests_compared: 0 });
+        }
+
+        fn claims(&self) -> bool {
+            self.actions.iter().any(|action| matches!(action, Action::Claim { .. }))
+        }
+
         fn hears(&mut self, ms: u64) {
             let stamp_us = ms * 1_000;
             self.step(ms, Input::Message(Message::Heartbeat { stamp_us, echo_us: None }));
@@ -209,21 +218,32 @@ mod tests {
             backup.step(ms, Input::Tick);
         }
         assert!(backup.gave_up().is_none() && backup.machine.state_name() == "draining");
-        let (point, position) = (ExecutionPoint(1), LogPosition(10));
-        let executed = Input::Executed { point, position, digests_compared: 0 };
-        backup.step(60 * TIMEOUT_MS, executed);
-        let claims = backup.actions.iter().any(|action| matches!(action, Action::Claim { .. }));
-        assert!(claims, "it goes on when the disk does");
+        backup.executes(60 * TIMEOUT_MS, 10);
+        backup.awaits(60 * TIMEOUT_MS, false);
+        backup.step(90 * TIMEOUT_MS, Input::Tick);
+        assert!(!backup.claims(), "what the guest has flushed is not stable yet");
+        let position = LogPosition(10);
+        backup.step(90 * TIMEOUT_MS, Input::Stable { position });
+        assert!(backup.claims() && backup.gave_up().is_none(), "it goes on when the disk does");
     }
 
     #[test]
-    fn an_operators_take_over_waits_for_the_disk_too() {
-        let mut backup = Replaying::new();
-        backup.awaits(0, true);
-        backup.step(10, Input::TakeOver);
-        for ms in (10..3 * TIMEOUT_MS).step_by(10) {
-            backup.hears(ms);
+    fn an_operators_take_over_does_not_have_a_primary_wait_for_the_disk_for_good() {
+        for asks in [false, true] {
+            let mut backup = Replaying::new();
+            backup.step(5, Input::TakeOver);
+            if asks {
+                backup.executes(6, 10);
+                backup.step(6, Input::Stable { position: LogPosition(10) });
+            }
+            for ms in (10..TIMEOUT_MS + 10).step_by(10) {
+                backup.awaits(ms, true);
+                backup.hears(ms);
+                assert!(backup.gave_up().is_none() && !backup.machine.ended());
+            }
+            backup.hears(TIMEOUT_MS + 10);
+            // Once it has asked, it may have won without knowing.
+            assert_eq!((backup.gave_up().is_some(), backup.claims()), (!asks, asks));
         }
-        assert!(backup.gave_up().is_none() && backup.machine.state_name() == "draining");
     }
 }

@@ -54,8 +54,15 @@ pub enum Input {
         /// Digests compared so far, all equal.
         digests_compared: u64,
     },
+    /// The answer to [`Action::MakeStable`]: on this side's disks all is stable that the guest flushed before a position
+    /// of the log, which has been executed.
+    Stable {
+        /// The position.
+        position: LogPosition,
+    },
     /// The vCPU stands where the last [`Input::Executed`] said, until a disk of this side has done what the primary's
-    /// has. May be repeated, and is over with the next that goes further.
+    /// has, or what [`Action::MakeStable`] wants. May be repeated, and is over with the next that goes further, or with
+    /// [`Input::Stable`].
     AwaitsDisk {
         /// The disk's slot.
         device: u8,
@@ -164,6 +171,9 @@ pub enum Action {
     },
     /// The VM is protected by this side from here on.
     Protected,
+    /// When all the log handed out so far is executed: have all that the guest has flushed made stable on the disks that this
+    /// side writes itself, and give [`Input::Stable`].
+    MakeStable,
     /// Ask the arbiter, on another thread, and give [`Input::ArbiterAnswered`].
     Claim {
         /// The pair.
@@ -173,7 +183,7 @@ pub enum Action {
         /// The claimant.
         who: String,
     },
-    /// Go live: every record is executed. Re-issue disk requests, release kept outputs, announce the
+    /// Go live: every record is executed, and stable what was to be. Re-issue disk requests, release kept outputs, announce the
     /// MAC, anchor time, run.
     GoLive {
         /// The generation that this side now lives in.

@@ -18,13 +18,18 @@
 //!
 //! What must hold:
 //! - Before `Armed` the primary may run on without a claim; so this side never goes live by itself.
-//! - Going live needs all three: every record received is executed; the claim is won; the primary can no
-//!   longer release outputs, because its lease has run out or it said so.
+//! - Going live needs all three: every record received is executed, and what the guest has flushed is stable on this
+//!   side's disks; the claim is won; the primary can no longer release outputs, because its lease has run out or it
+//!   said so. The claim is asked for only after the first: a side that cannot go on must not have taken the VM from one
+//!   that can.
+//! - One that an operator wants to take over is a backup like any other until it has won the claim, and tells the
+//!   primary only when it has drained the rest. An arbiter that is out of reach costs a healthy pair nothing.
 //! - What decides the lease is when the newest heartbeat *that was echoed* arrived: the primary counts
 //!   from when it sent that one.
 //! - A backup whose guest differed, or that lost the claim, or that said `Discarded`, never goes live.
 //! - A backup that waits for a disk of its own for too long gives itself up, for the primary stands still meanwhile; but
-//!   only while it hears the primary, and never once it takes over: there may be no one else.
+//!   only while it hears the primary, and never once it takes over from one that may be lost, or has asked for the
+//!   claim: there may be no one else.
 
 mod disk;
 mod io;
@@ -72,6 +77,8 @@ pub struct Backup {
     received: LogPosition,
     executed: LogPosition,
     executed_point: ExecutionPoint,
+    /// What the guest flushed before it is stable, as far as that was asked for.
+    stable: Option<LogPosition>,
     reported: LogPosition,
     next_report: Duration,
     digests_compared: u64,
@@ -104,6 +111,7 @@ impl Backup {
             received: LogPosition(0),
             executed: LogPosition(0),
             executed_point: ExecutionPoint(0),
+            stable: None,
             reported: LogPosition(0),
             next_report: now,
             digests_compared: 0,
@@ -173,6 +181,13 @@ impl Backup {
                 self.executed_point = point;
                 self.digests_compared = digests_compared;
             }
+            Input::Stable { position } => {
+                if position > self.executed {
+                    return Err(self.illegal("Stable beyond what was executed"));
+                }
+                self.stable = self.stable.max(Some(position));
+                self.disk_wait = None;
+            }
             Input::AwaitsDisk { device, failed } => self.awaits_disk(now, device, failed),
             Input::Unequal { point, unequal, pages } => {
                 let reason = format!("the backup's {} differs", clip(&unequal.component));
@@ -196,9 +211,10 @@ impl Backup {
                     let reason = "the operator wants this side to take over".into();
                     self.take_over(now, Cause::Forced, reason, actions);
                 }
-                // Already at it: what the operator adds is that it need not be heard again.
+                // Already at it: what the operator adds is that being heard again ends nothing. It would not, either,
+                // once the arbiter has been asked.
                 State::TakingOver(take) => {
-                    if take.cause == Cause::Silent {
+                    if take.cause == Cause::Silent && matches!(take.asked, Asked::No) {
                         take.cause = Cause::Forced;
                     }
                 }
@@ -274,9 +290,8 @@ impl Backup {
             Ok(Claim::Won) => {
                 take.asked = Asked::Won;
                 take.failover.claimed_us = Some(micros(now.saturating_sub(take.zero)));
-                if let Some(terms) = &self.terms {
-                    let generation = terms.generation;
-                    self.tell(Message::TakenOver { generation }, actions);
+                if self.stable < Some(self.received) {
+                    actions.push(Action::MakeStable);
                 }
                 actions.push(Action::Changed { state: self.state.name(), reason: None });
             }
@@ -345,7 +360,8 @@ impl Backup {
     /// Takes the steps towards going live that are possible now.
     fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let lease_over = now >= self.lease_over_at();
-        let drained = self.executed == self.received;
+        let stable = self.stable;
+        let drained = !self.state.takes_log() && stable == Some(self.received);
         let State::TakingOver(take) = &mut self.state else { return };
         let Some(terms) = &self.terms else { return };
         let since = micros(now.saturating_sub(take.zero));
@@ -358,9 +374,9 @@ impl Backup {
             take.failover.lease_over_us = Some(since);
         }
         let ask = match take.asked {
-            // A copy that turns out different while it drains must not have taken the VM from a
-            // primary that lives. And the primary is to win where both could go on.
-            Asked::No => drained && (fenced || take.cause == Cause::Forced),
+            // A copy that turns out different while it drains, or whose disk fails, must not have taken the VM
+            // from a primary that lives. And the primary is to win where both could go on.
+            Asked::No => stable >= Some(take.from) && (fenced || take.cause == Cause::Forced),
             Asked::RetryAt(at) => now >= at,
             Asked::Waiting | Asked::Won => false,
         };
@@ -373,10 +389,18 @@ impl Backup {
                 who: self.config.who.clone(),
             });
         }
-        if matches!(take.asked, Asked::Won) && drained && fenced {
-            let mut failover = take.failover.clone();
+        if !(matches!(take.asked, Asked::Won) && drained) {
+            return;
+        }
+        let told = std::mem::replace(&mut take.told, true);
+        let live = fenced.then(|| take.failover.clone());
+        let generation = terms.generation;
+        if !told {
+            self.tell(Message::TakenOver { generation }, actions);
+        }
+        if let Some(mut failover) = live {
             failover.live_us = Some(since);
-            let generation = terms.generation.next();
+            let generation = generation.next();
             let reason = failover.cause.clone();
             self.last_failover = Some(failover.clone());
             actions.push(Action::GoLive { generation, failover });
@@ -452,14 +476,17 @@ impl Backup {
         };
         let take = TakeOver {
             cause,
+            from: self.received,
             asked: Asked::No,
             unreachable: None,
+            told: false,
             yielded: cause == Cause::HandOver,
             fenced: false,
             zero,
             failover,
         };
         self.change(State::TakingOver(take), Some(reason), actions);
+        actions.push(Action::MakeStable);
     }
 
     fn refuse(&mut self, reason: String, actions: &mut Vec<Action>) {

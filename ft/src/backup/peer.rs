@@ -80,8 +80,7 @@ impl Backup {
             Message::Log { position, bytes } if state.takes_log() => {
                 self.log(now, position, bytes, actions);
             }
-            // Not acknowledged, so no output leaves the primary by it. What counts was received
-            // before this side began to take over.
+            // Not acknowledged, so no output leaves the primary by it.
             Message::Log { .. } if matches!(state, State::TakingOver(_)) => {}
             Message::HandOver { end } if matches!(state, State::Replaying) => {
                 if end != self.received {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::Generation;
 use crate::status::Failover;
+use crate::{Generation, LogPosition};
 
 #[derive(Clone, Debug)]
 pub(super) enum State {
@@ -45,9 +45,13 @@ pub(super) enum Asked {
 #[derive(Clone, Debug)]
 pub(super) struct TakeOver {
     pub cause: Cause,
+    /// The end of the log when it began.
+    pub from: LogPosition,
     pub asked: Asked,
     /// Why the arbiter's last answer did not come.
     pub unreachable: Option<String>,
+    /// The primary has been told that the claim is won.
+    pub told: bool,
     /// The primary said that it releases nothing more.
     pub yielded: bool,
     /// It can release nothing more: it said so, or its lease has run out.
@@ -56,6 +60,20 @@ pub(super) struct TakeOver {
     pub zero: Duration,
     /// The timeline so far.
     pub failover: Failover,
+}
+
+impl TakeOver {
+    /// Whether this side is a backup as before: an operator wants it to take over from a primary that may be well, and it
+    /// does not know that it may. So a lost claim costs nothing, nor does an arbiter that is out of reach.
+    fn follows(&self) -> bool {
+        self.cause == Cause::Forced && !matches!(self.asked, Asked::Won)
+    }
+
+    /// Whether the VM is still left to a primary that may be well if this side gives up. The arbiter may have answered
+    /// already, once it has been asked: then the primary may be about to learn that it has lost.
+    fn can_be_left(&self) -> bool {
+        self.cause == Cause::Forced && matches!(self.asked, Asked::No)
+    }
 }
 
 impl State {
@@ -84,7 +102,19 @@ impl State {
     }
 
     pub(super) fn takes_log(&self) -> bool {
-        matches!(self, State::Loading | State::Settling | State::Replaying)
+        match self {
+            State::Loading | State::Settling | State::Replaying => true,
+            State::TakingOver(take) => take.follows(),
+            _ => false,
+        }
+    }
+
+    /// Whether this side may give itself up for want of a disk: somebody else has the VM then.
+    pub(super) fn can_be_left(&self) -> bool {
+        match self {
+            State::TakingOver(take) => take.can_be_left(),
+            _ => !self.ended(),
+        }
     }
 
     pub(super) fn executes(&self) -> bool {
@@ -92,13 +122,10 @@ impl State {
     }
 
     /// Whether the primary's heartbeats are echoed, which renews its lease. A side that takes over
-    /// stops; when an operator forces it, only once the claim is won, so that a lost claim has cost
-    /// nothing.
+    /// stops.
     pub(super) fn renews_lease(&self) -> bool {
         match self {
-            State::TakingOver(take) => {
-                take.cause == Cause::Forced && !matches!(take.asked, Asked::Won)
-            }
+            State::TakingOver(take) => take.follows(),
             _ => !self.ended(),
         }
     }
@@ -109,7 +136,7 @@ impl State {
         match self {
             State::TakingOver(take) => match take.cause {
                 Cause::HandOver => true,
-                Cause::Forced => !matches!(take.asked, Asked::Won),
+                Cause::Forced => !take.told,
                 Cause::Silent | Cause::Lost => false,
             },
             _ => !self.ended(),

@@ -124,6 +124,15 @@ impl World {
                         );
                     }
                 }
+                backup::Action::MakeStable => {
+                    self.nodes[id].make_stable = true;
+                    if self.plant == Some(Plant::LiveWithoutDraining)
+                        && let Role::Backup(machine) = &self.nodes[id].role
+                    {
+                        let position = machine.received();
+                        self.step_backup(id, backup::Input::Stable { position });
+                    }
+                }
                 backup::Action::Protected => self.checkers.armed(end, self.nodes[id].generation),
                 backup::Action::Claim { generation, who, .. } => self.claim(id, generation, who),
                 backup::Action::GoLive { generation, failover } => {

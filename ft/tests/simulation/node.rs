@@ -109,6 +109,8 @@ pub struct Node {
     pub executed: u64,
     pub disk: HostDisk,
     pub loaded: bool,
+    /// Backup: somebody wants to know when all is executed and stable.
+    pub make_stable: bool,
     /// The vCPU writes the log; before the clone is sent it runs as if alone.
     pub recording: bool,
     pub digests: u64,
@@ -160,6 +162,7 @@ impl Node {
             executed: 0,
             disk: HostDisk::default(),
             loaded: false,
+            make_stable: false,
             recording: false,
             digests: 0,
             quanta: 0,

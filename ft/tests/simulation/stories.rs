@@ -245,6 +245,21 @@ fn operator_forces_a_take_over() {
 }
 
 #[test]
+fn operator_forces_a_take_over_while_the_arbiter_is_away() {
+    let away_us = 3_000_000;
+    let away = (AT - 100_000, Fault::ArbiterDown { node: None, for_us: away_us });
+    tell(&[away, (AT, Fault::TakeOver)], |outcome| {
+        assert!(outcome.failovers == 1 && !outcome.lost && said(outcome, "host0 halts"));
+        assert!(said(outcome, "waiting for arbiter"));
+        // Nothing has failed: the primary has answered all the time.
+        let asked = AT..AT - 100_000 + away_us;
+        let answers: Vec<_> = outcome.answered_at.iter().filter(|at| asked.contains(at)).collect();
+        let longest = answers.windows(2).map(|pair| pair[1] - pair[0]).max();
+        assert!(answers.len() > 100 && longest < Some(150_000), "nothing for {longest:?} us");
+    });
+}
+
+#[test]
 fn operator_ends_protection() {
     tell(&[(AT, Fault::Disable)], |outcome| {
         assert!(outcome.failovers == 0 && said(outcome, "host1 discards"));

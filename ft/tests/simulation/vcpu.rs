@@ -172,7 +172,7 @@ impl World {
         let Some(guest) = node.guest.as_ref().filter(|_| node.loaded) else { return };
         let start = guest.point;
         let before = node.executed;
-        let (mut unequal, mut awaits) = (None, false);
+        let (mut unequal, mut awaits, mut all) = (None, false, false);
         // A backup may be a little faster than its primary, or it would never catch up.
         while self.nodes[id]
             .guest
@@ -181,7 +181,10 @@ impl World {
         {
             let (record, end) = match self.next_record(id) {
                 Ok(Some(next)) => next,
-                Ok(None) => break,
+                Ok(None) => {
+                    all = true;
+                    break;
+                }
                 Err(reason) => return self.step_backup(id, backup::Input::Failed { reason }),
             };
             self.run_behind(id, record.point.0);
@@ -253,6 +256,16 @@ impl World {
         }
         if awaits {
             self.step_backup(id, backup::Input::AwaitsDisk { device: 0, failed: false });
+        }
+        if all && self.nodes[id].make_stable && self.plant != Some(Plant::LiveWithoutDraining) {
+            let input = match self.disks == Disks::Mirrored && self.hang(id) > 0 {
+                true => backup::Input::AwaitsDisk { device: 0, failed: false },
+                false => {
+                    self.nodes[id].make_stable = false;
+                    backup::Input::Stable { position }
+                }
+            };
+            self.step_backup(id, input);
         }
     }
 

@@ -152,6 +152,8 @@ pub struct World {
     pub failovers: u64,
     /// How long each took since the primary was heard last.
     pub failover_us: Vec<u64>,
+    /// When a client had an answer that it waited for.
+    pub answered_at: Vec<u64>,
     pub max_lag_us: u64,
     /// Time with more lag than allowed.
     pub lagging_us: u64,
@@ -167,6 +169,8 @@ pub struct Outcome {
     pub protections: u64,
     pub failovers: u64,
     pub failover_us: Vec<u64>,
+    /// When a client had an answer that it waited for.
+    pub answered_at: Vec<u64>,
     pub max_lag_us: u64,
     pub lagging_us: u64,
     /// CPU time taken from the primary at the end.
@@ -214,6 +218,7 @@ impl World {
             protections: 0,
             failovers: 0,
             failover_us: Vec::new(),
+            answered_at: Vec::new(),
             max_lag_us: 0,
             lagging_us: 0,
             lag_seen: 0,
@@ -295,6 +300,7 @@ impl World {
             protections: self.protections,
             failovers: self.failovers,
             failover_us: self.failover_us,
+            answered_at: self.answered_at,
             max_lag_us: self.max_lag_us,
             lagging_us: self.lagging_us,
             throttle: self.nodes.iter().map(|node| node.throttle).fold(0.0, f64::max),
@@ -436,6 +442,7 @@ impl World {
                 self.checkers.answered(self.t, awaited, request, total, held);
                 if request == awaited && total >= request {
                     self.waiting[client] += 1;
+                    self.answered_at.push(self.t);
                     let next = self.waiting[client];
                     let pause = self.rng.range(500, 20_000);
                     for node in 0..self.nodes.len() {

@@ -417,6 +417,16 @@ fn hang_twice(pair: &mut Pair, load: &Load, disk: &HangingDisk, image: &Path) ->
     progress(load, 20)?;
     alike(pair)?;
 
+    // A hand-over to such a backup comes back.
+    let before = pair.status()?.generation;
+    disk.freeze()?;
+    pair.primary.api().put("ft.failover")?;
+    wait_for_status(&pair.primary, "the VM is back", |status| status.generation > before)?;
+    progress(load, 40)?;
+    disk.thaw()?;
+    pair.wait_until_protected(Instant::now())?;
+    progress(load, 20)?;
+
     // While it is copied, too, and with the timeout that goes without saying.
     pair.unprotect()?;
     let fill = "dd if=/dev/urandom of=/data/noise bs=1M count=32 2>/dev/null; sync";

@@ -91,6 +91,8 @@ struct At {
     point: ExecutionPoint,
     /// The disk that it waits for there, and whether a request failed on it.
     awaits: Option<(u8, bool)>,
+    /// What was flushed before it is stable, as far as that was asked for.
+    stable: Option<LogPosition>,
 }
 
 impl Progress {
@@ -114,8 +116,16 @@ impl ReplayObserver for ProgressReporter {
         // Published at once: a backup that falls behind never empties its log, and its lag is seen only
         // by what it reports on the way. The ft thread looks whenever it wakes, which it does for
         // every message and heartbeat.
-        *self.progress.at() = At { position, point, awaits: None };
+        let mut at = self.progress.at();
+        *at = At { position, point, awaits: None, ..*at };
         self.executed = position;
+    }
+
+    fn stable(&mut self, position: LogPosition) {
+        let mut at = self.progress.at();
+        *at = At { stable: Some(position), awaits: None, ..*at };
+        drop(at);
+        let _ = self.waker.write(1);
     }
 
     fn awaits_disk(&mut self, device: u8, failed: bool) {
@@ -216,11 +226,15 @@ impl Side for BackupSide {
     }
 
     fn take(&mut self) {
-        let At { position, point, awaits } = *self.progress.at();
+        let At { position, point, awaits, stable } = *self.progress.at();
         if position > LogPosition(0) && !self.core.machine.ended() {
             self.catch_up();
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
             self.step(Input::Executed { point, position, digests_compared });
+        }
+        if let Some(position) = stable {
+            self.catch_up();
+            self.step(Input::Stable { position });
         }
         if let Some(Err(reason)) = self.images.as_ref().map(Images::check) {
             self.catch_up();
@@ -301,6 +315,11 @@ impl BackupSide {
             Action::Protected => {
                 self.images = None;
                 self.host()?.protected();
+            }
+            Action::MakeStable => {
+                if let Some(inbox) = &self.inbox {
+                    inbox.send(run_loop::Message::Command(Command::MakeStable));
+                }
             }
             Action::Claim { pair, generation, who } => {
                 if let Some(arbiter) = &self.arbiter {

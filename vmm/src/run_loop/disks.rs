@@ -330,9 +330,9 @@ impl FollowedDisks {
         self.flushes.failing(now_ns)
     }
 
-    /// Whether all is stable that the guest has flushed; if not, it is under way.
-    pub fn make_stable(&mut self, now_ns: u64) -> bool {
-        self.outlet.as_ref().is_none_or(|outlet| self.flushes.make_stable(now_ns, &**outlet))
+    /// `None` if all is stable that the guest has flushed; else that is under way: a disk, and whether it failed there.
+    pub fn make_stable(&mut self, now_ns: u64) -> Option<(u8, bool)> {
+        self.flushes.make_stable(now_ns, &**self.outlet.as_ref()?)
     }
 
     /// The guest has switched itself off: has its last flushes done.
@@ -612,16 +612,16 @@ mod tests {
     #[test]
     fn before_it_goes_live_all_is_stable_that_was_flushed() {
         let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush, BlockOp::Flush]);
-        assert!(!disks.make_stable(0));
+        assert!(disks.make_stable(0).is_some());
         assert_eq!(noted.take(), [(1, false)]);
         disks.issue(1, BlockRequest { id: 2, op: BlockOp::Flush });
-        assert!(!disks.make_stable(0));
+        assert!(disks.make_stable(0).is_some());
         disks.completed(done(1, OK, b""));
-        assert!(!disks.make_stable(0), "one was wanted since");
+        assert!(disks.make_stable(0).is_some(), "one was wanted since");
         disks.completed(done(2, OK, b""));
-        assert!(disks.make_stable(0));
+        assert_eq!(disks.make_stable(0), None);
         assert_eq!(noted.take(), [(2, false)]);
-        assert!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0));
+        assert_eq!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0), None);
     }
 
     #[test]
@@ -646,7 +646,7 @@ mod tests {
         assert_eq!(disks.failing(1001 * MS), None);
         disks.completed(done(0, FAILED, b""));
         assert_eq!((disks.failing(1000 * MS), disks.failing(1001 * MS)), (None, Some(1)));
-        assert!(!disks.make_stable(1001 * MS), "it does not go live");
+        assert_eq!(disks.make_stable(1001 * MS), Some((1, true)), "it does not go live");
         assert_eq!(disks.settle(write(), 1001 * MS), wait(true));
         assert_eq!(noted.take(), [(1, false), (0, false), (0, true)]);
         disks.completed(done(0, OK, b""));

@@ -72,12 +72,13 @@ impl Flushes {
         }
     }
 
-    /// Begins whatever the guest wants, due or not. True if everything is stable.
-    pub fn make_stable(&mut self, now_ns: u64, outlet: &dyn Outlet) -> bool {
+    /// Begins whatever the guest wants, due or not. `None` if everything is stable; else a disk that is not, and whether a
+    /// flush failed there.
+    pub fn make_stable(&mut self, now_ns: u64, outlet: &dyn Outlet) -> Option<(u8, bool)> {
         for (device, disk) in &mut self.0 {
             disk.begin(*device, now_ns, outlet);
         }
-        self.0.values().all(|disk| disk.running.is_none())
+        self.0.iter().find_map(|(device, disk)| Some((*device, disk.running.as_ref()?.failed)))
     }
 
     /// The guest has ended: begins whatever it wants, beside what runs, for no later record would.

@@ -98,7 +98,11 @@ pub enum Command {
         /// Held by the ft thread.
         drained: Receiver<()>,
     },
-    /// Stop replaying once the whole log received so far has been executed, and run on alone.
+    /// Once the whole log received so far has been executed, have what the guest has flushed made stable, and tell the
+    /// replay's observer.
+    MakeStable,
+    /// Stop replaying once the whole log received so far has been executed and what the guest has flushed is stable, and
+    /// run on alone.
     GoLive(Box<GoLive>),
     /// Execute nothing more, for good: another side is live.
     Halt,
@@ -235,6 +239,7 @@ impl VcpuThread {
             powered_off: false,
             deferred: Vec::new(),
             deferred_commands: Vec::new(),
+            make_stable: false,
             go_live: None,
         };
         let handle =
@@ -285,6 +290,8 @@ struct RunLoop {
     /// copied state nor the log.
     deferred_commands: Vec<Command>,
     /// To be done when the log has been executed.
+    make_stable: bool,
+    /// To be done when all is stable.
     go_live: Option<Box<GoLive>>,
 }
 
@@ -336,7 +343,12 @@ impl RunLoop {
             Driver::Replay(replay) => match replay.advance(&mut self.guest)? {
                 replay::Next::Again => Ok(Flow::Continue),
                 replay::Next::LogEmpty => {
-                    match self.go_live.take_if(|_| replay.make_stable(&self.guest)) {
+                    let wanted = self.make_stable || self.go_live.is_some();
+                    if !wanted || !replay.make_stable(&self.guest) {
+                        return self.wait(None);
+                    }
+                    self.make_stable = false;
+                    match self.go_live.take() {
                         Some(go_live) => self.go_live(*go_live),
                         None => self.wait(None),
                     }
@@ -506,6 +518,7 @@ impl RunLoop {
                 // Whoever waits for an answer learns that the VM has stopped.
                 self.deferred_commands.clear();
             }
+            Command::MakeStable => self.make_stable = true,
             Command::GoLive(go_live) => match self.driver {
                 Driver::Replay(_) => self.go_live = Some(go_live),
                 Driver::Live(_) | Driver::Halted => {

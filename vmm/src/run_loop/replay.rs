@@ -26,8 +26,10 @@ pub trait ReplayObserver: Send {
     fn executed(&mut self, position: LogPosition, point: ExecutionPoint);
     /// Every record received so far has been applied.
     fn log_empty(&mut self);
+    /// All that the guest flushed before `position` is stable on this side's disks. Told when it was asked for.
+    fn stable(&mut self, position: LogPosition);
     /// The guest waits for a disk of this side; `failed`: a request failed there and is tried again. Until the next
-    /// [`Self::executed`].
+    /// [`Self::executed`] or [`Self::stable`].
     fn awaits_disk(&mut self, device: u8, failed: bool);
     /// A digest was compared: `Some` is the first unequal component, with this side's pages.
     fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>);
@@ -59,6 +61,8 @@ pub struct Replay {
     log: Decoder,
     /// The next record, and the position behind it.
     next: Option<(Record, LogPosition)>,
+    /// The position behind the last record applied.
+    executed: LogPosition,
     kept: KeptOutputs<Outgoing>,
     next_output: OutputNumber,
     /// When the last piece of the log came, for the clock of the live side.
@@ -74,6 +78,7 @@ impl Replay {
         Self {
             log: Decoder::new(start),
             next: None,
+            executed: LogPosition(0),
             kept: KeptOutputs::default(),
             next_output: OutputNumber(1),
             last_log: Instant::now(),
@@ -150,9 +155,18 @@ impl Replay {
     }
 
     /// Whether all is stable that the guest has flushed on this side's disks; if not, that is under way, and completions will
-    /// come. Asked before [`Self::go_live`].
+    /// come. Asked when the log is empty, and before [`Self::go_live`].
     pub fn make_stable(&mut self, guest: &Guest) -> bool {
-        self.disks.make_stable(guest.tsc())
+        match self.disks.make_stable(guest.tsc()) {
+            Some((device, failed)) => {
+                self.observer.awaits_disk(device, failed);
+                false
+            }
+            None => {
+                self.observer.stable(self.executed);
+                true
+            }
+        }
     }
 
     /// The log has ended and been executed: what was still to come out comes out now, and the guest runs
@@ -247,6 +261,7 @@ impl Replay {
             }
             Entry::Mark => {}
         }
+        self.executed = position;
         self.observer.executed(position, record.point);
         Ok(next)
     }
