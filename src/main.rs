@@ -4,13 +4,13 @@
 //! API. It ends with 0 when the guest switches itself off, on `vmm.shutdown`, SIGTERM and SIGINT, with 1
 //! when something failed, with 2 when it was called wrongly.
 
+mod inherited;
 mod logging;
 mod options;
 mod report;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
@@ -24,6 +24,7 @@ use vmm::event_monitor::EventWriter;
 use vmm::non_blocking::NonBlocking;
 use vmm::vmm::Vmm;
 
+use inherited::Inherited;
 use logging::Logging;
 use options::{ApiSocketOption, EventMonitorOption, Options};
 
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> anyhow::Result<()> {
+    let inherited = Inherited::take(options)?;
     // Socket, logs and snapshots hold what the guest knows: they are for the owner only.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // Outlives all that logs.
@@ -52,15 +54,14 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let (hypervisor, reason) = hypervisor::choose(options.hypervisor)?;
     log::info!("{reason}");
     // Dropped after the VMM, whose last events it is to write.
-    let writer = options.event_monitor.as_ref().map(start_event_monitor).transpose()?;
+    let writer = start_event_monitor(options.event_monitor.as_ref(), inherited.event_monitor)?;
     let events = writer.as_ref().map(EventWriter::monitor).unwrap_or_default();
     events.event("vmm", "starting");
     let mut vmm = Vmm::new(hypervisor, inbox.doorbell(), events.clone())
         .with_tls_dir(options.ft_tls_dir.clone());
     let socket = match &options.api_socket {
-        None => None,
         Some(ApiSocketOption::Path(path)) => Some(ApiSocket::bind(path)?),
-        Some(ApiSocketOption::Descriptor(fd)) => Some(ApiSocket::from_descriptor(*fd)?),
+        Some(ApiSocketOption::Descriptor(_)) | None => inherited.api_socket,
     };
     // Dropped last, so that the answer to vmm.shutdown still goes out.
     let _server = socket.map(|socket| Server::start(socket, inbox.clone())).transpose()?;
@@ -115,15 +116,18 @@ fn stay_in_memory() {
     }
 }
 
-fn start_event_monitor(target: &EventMonitorOption) -> anyhow::Result<EventWriter> {
-    let started = match target {
-        EventMonitorOption::Path(path) => EventWriter::create(path),
-        EventMonitorOption::Descriptor(fd) => {
-            // SAFETY: the user says with fd=N that this descriptor is ours; nothing else here uses it.
-            EventWriter::start(unsafe { File::from_raw_fd(*fd) })
-        }
+/// Writes events to `inherited`, else to the path that `option` names.
+fn start_event_monitor(
+    option: Option<&EventMonitorOption>,
+    inherited: Option<File>,
+) -> anyhow::Result<Option<EventWriter>> {
+    let started = match (option, inherited) {
+        (_, Some(file)) => EventWriter::start(file).context("cannot write events"),
+        (Some(EventMonitorOption::Path(path)), None) => EventWriter::create(path)
+            .with_context(|| format!("cannot write events to '{}'", path.display())),
+        (Some(EventMonitorOption::Descriptor(_)) | None, None) => return Ok(None),
     };
-    started.with_context(|| format!("cannot write events to {target}"))
+    started.map(Some)
 }
 
 /// Ends the process in order on the first signal and at once on the second.

@@ -167,6 +167,17 @@ impl Options {
                 "options describe a VM, but there is nothing to boot: add --kernel PATH",
             );
         }
+        if let (
+            Some(ApiSocketOption::Descriptor(socket)),
+            Some(EventMonitorOption::Descriptor(events)),
+        ) = (&self.api_socket, &self.event_monitor)
+            && socket == events
+        {
+            return usage(
+                ErrorKind::ArgumentConflict,
+                "--api-socket and --event-monitor name the same descriptor: give each its own",
+            );
+        }
         if vm.is_empty() && self.restore.is_none() && self.api_socket.is_none() {
             return usage(
                 ErrorKind::MissingRequiredArgument,
@@ -221,15 +232,6 @@ pub enum EventMonitorOption {
     Path(PathBuf),
     /// To this descriptor, which the process was given.
     Descriptor(RawFd),
-}
-
-impl fmt::Display for EventMonitorOption {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Path(path) => write!(f, "'{}'", path.display()),
-            Self::Descriptor(fd) => write!(f, "descriptor {fd}"),
-        }
-    }
 }
 
 impl FromStr for EventMonitorOption {
@@ -305,6 +307,7 @@ mod tests {
             (&["--kernel", "/k", "--restore", "source_url=file:///s"], "--restore"),
             (&["--api-socket", "/a", "--hypervisor", "qemu"], "soft"),
             (&["--no-such-option"], "--no-such-option"),
+            (&["--api-socket", "fd=3", "--event-monitor", "fd=3"], "the same descriptor"),
         ] {
             let error = parse(arguments).unwrap_err();
             assert_eq!(error.exit_code(), 2);

@@ -177,6 +177,40 @@ fn the_event_monitor_tells_what_happens_in_order() {
     assert!(events.iter().all(|event| event["properties"].is_null()), "{text}");
 }
 
+/// Runs `dyad` in a shell, which opens descriptors for it.
+fn dyad_with(descriptors: &str, arguments: &[&str]) -> Output {
+    Command::new("sh")
+        .arg("-c")
+        .arg(format!("exec \"$@\" {descriptors}"))
+        .args(["sh", env!("CARGO_BIN_EXE_dyad")])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn only_descriptors_that_were_given_are_written_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let events = directory.path().join("events");
+    let restore = ["--hypervisor", "soft", "--restore", "source_url=file:///missing"];
+    let run = |descriptors: &str| {
+        dyad_with(descriptors, &[&restore[..], &["--event-monitor", "fd=7"]].concat())
+    };
+    for (descriptors, words) in [
+        ("7>&-", "no such descriptor was open when dyad started"),
+        ("7</dev/null", "not open for writing"),
+    ] {
+        let output = run(descriptors);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(error(&output).contains("fd=7"), "{descriptors}: {}", error(&output));
+        assert!(error(&output).contains(words), "{descriptors}: {}", error(&output));
+    }
+    let output = run(&format!("7>{}", events.display()));
+    assert!(error(&output).contains("/missing"), "{}", error(&output));
+    assert!(std::fs::read_to_string(&events).unwrap().contains("\"starting\""));
+}
+
 #[test]
 fn watching_into_a_pipe_writes_lines_and_tells_when_the_vmm_is_gone() {
     let mut dyad = Dyad::start();
