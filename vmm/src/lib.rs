@@ -15,6 +15,7 @@ pub mod pair;
 pub mod parts;
 pub mod pci;
 pub mod protection;
+mod regular_file;
 pub mod run_loop;
 pub mod shared;
 pub mod snapshot;

@@ -445,8 +445,12 @@ mod tests {
     use hypervisor::soft::SoftHypervisor;
     use serde_json::{Value, json};
     use tempfile::TempDir;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+
+    /// Where the byte is that tells one snapshot from another.
+    const ADDRESS: GuestAddress = GuestAddress(0x10_0000);
 
     struct Silent;
 
@@ -458,6 +462,12 @@ mod tests {
     /// A snapshot of a VM just powered on, with one disk of 16 sectors, `image`. Beside it is what it boots from.
     fn snapshot() -> TempDir {
         let directory = tempfile::tempdir().unwrap();
+        write_snapshot(&directory, 0).unwrap();
+        directory
+    }
+
+    /// Writes one to `directory`, of a VM with `byte` in its memory.
+    fn write_snapshot(directory: &TempDir, byte: u8) -> Result<(), SnapshotError> {
         let path = |name: &str| directory.path().join(name);
         fs::write(path("kernel"), b"never looked at").unwrap();
         fs::write(path("image"), [0; 16 * 512]).unwrap();
@@ -473,8 +483,8 @@ mod tests {
         config.validate().unwrap();
         let mut prepared = Prepared::new(&SoftHypervisor, config, None).unwrap();
         let saved = SavedVm::new(prepared.host.clone(), prepared.guest.save().unwrap());
-        snapshot::write(directory.path(), &prepared.config, &saved, &prepared.memory).unwrap();
-        directory
+        prepared.memory.write_obj(byte, ADDRESS).unwrap();
+        snapshot::write(directory.path(), &prepared.config, &saved, &prepared.memory)
     }
 
     fn restored(directory: &TempDir) -> Result<Vm, VmError> {
@@ -495,6 +505,55 @@ mod tests {
         }
         image.set_len(16 * 512).unwrap();
         assert!(restored(&directory).is_ok());
+    }
+
+    fn byte(vm: &Vm) -> u8 {
+        vm.memory().read_obj(ADDRESS).unwrap()
+    }
+
+    fn names(directory: &TempDir) -> Vec<String> {
+        let entries = fs::read_dir(directory.path()).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_snapshot_that_fails_costs_neither_the_one_before_nor_leaves_a_part() {
+        let directory = tempfile::tempdir().unwrap();
+        write_snapshot(&directory, 1).unwrap();
+        let before = names(&directory);
+        for name in ["config.json", "memory-ranges", "state.json"] {
+            // As good as a full disk: the file cannot be written.
+            let blocked = directory.path().join(format!("{name}.unfinished"));
+            fs::create_dir(&blocked).unwrap();
+            let error = write_snapshot(&directory, 2).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+            fs::remove_dir(&blocked).unwrap();
+            assert_eq!(names(&directory), before);
+            assert_eq!(byte(&restored(&directory).unwrap()), 1);
+        }
+        // A process that was killed leaves what it had written.
+        fs::write(directory.path().join("memory-ranges.unfinished"), "half").unwrap();
+        write_snapshot(&directory, 3).unwrap();
+        assert_eq!(names(&directory), before);
+        assert_eq!(byte(&restored(&directory).unwrap()), 3);
+    }
+
+    #[test]
+    fn a_pipe_in_a_snapshot_is_refused_and_waited_for_by_nobody() {
+        let directory = snapshot();
+        for name in ["config.json", "state.json", "memory-ranges"] {
+            let path = directory.path().join(name);
+            fs::remove_file(&path).unwrap();
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let error = restored(&directory).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name} is not a regular file")), "{error}");
+            // Nor is one in the place of a file to be written.
+            write_snapshot(&directory, 0).unwrap();
+            assert!(restored(&directory).is_ok());
+        }
     }
 
     #[test]

@@ -9,9 +9,7 @@ mod kernel;
 mod linux;
 mod unpack;
 
-use std::fs::OpenOptions;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hypervisor::{GuestMemory, LongModeEntry};
@@ -23,6 +21,7 @@ pub use kernel::KernelError;
 pub use unpack::UnpackError;
 
 use crate::machine::layout;
+use crate::regular_file;
 
 /// Why a guest cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -166,15 +165,11 @@ pub fn load(memory: &GuestMemory, payload: &Payload) -> Result<LongModeEntry, Lo
     linux::write(&info, loaded.entry, memory).map_err(LoadError::Memory)
 }
 
-/// Reads a regular file of at most `ram_size` bytes, so that a wrong path (a disk image, a device) costs no more. A pipe
-/// would keep the caller waiting for somebody who writes to it.
+/// Reads a regular file of at most `ram_size` bytes, so that a wrong path (a disk image, a device) costs no more.
 fn read_file(what: &'static str, path: &Path, ram_size: u64) -> Result<BootFile, LoadError> {
     let failed = |source| LoadError::Read { what, path: path.to_owned(), source };
-    let file =
-        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(LoadError::Kind { what, path: path.to_owned() });
-    }
+    let file = regular_file::open(path).map_err(failed)?;
+    let file = file.ok_or_else(|| LoadError::Kind { what, path: path.to_owned() })?;
     let mut content = Vec::new();
     file.take(ram_size + 1).read_to_end(&mut content).map_err(failed)?;
     if content.len() as u64 > ram_size {
