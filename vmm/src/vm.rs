@@ -322,6 +322,19 @@ impl Vm {
         &self.config
     }
 
+    /// Its configuration as clients see it: the pseudo-terminals it was given are named as files.
+    #[must_use]
+    pub fn shown_config(&self) -> VmConfig {
+        let mut config = self.config.clone();
+        if let Some(path) = self.backends.serial_pty() {
+            config.serial.file = Some(path.to_owned());
+        }
+        if let Some(path) = self.backends.console_pty() {
+            config.console.file = Some(path.to_owned());
+        }
+        config
+    }
+
     /// Its configuration as a next backup is told it.
     #[must_use]
     pub fn travelling(&self) -> &VmConfig {
@@ -554,6 +567,26 @@ mod tests {
             write_snapshot(&directory, 0).unwrap();
             assert!(restored(&directory).is_ok());
         }
+    }
+
+    #[test]
+    fn pseudo_terminals_are_shown_and_not_kept() {
+        let directory = snapshot();
+        let path = directory.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["serial"]["mode"] = "Pty".into();
+        config["console"]["mode"] = "Pty".into();
+        let config: VmConfig = serde_json::from_value(config).unwrap();
+        let payload = read_payload(&config).unwrap();
+        let mut prepared = Prepared::new(&SoftHypervisor, config, None).unwrap();
+        let state = prepared.guest.save().unwrap();
+        let vm = prepared.restore(payload, &state, Box::new(Silent)).unwrap();
+        let shown = vm.shown_config();
+        for file in [shown.serial.file, shown.console.file] {
+            let file = file.unwrap();
+            assert!(file.starts_with("/dev/pts") && file.exists(), "{}", file.display());
+        }
+        assert_eq!((&vm.config().serial.file, &vm.config().console.file), (&None, &None));
     }
 
     #[test]

@@ -216,7 +216,7 @@ impl Control for Vmm {
         };
         let state = self.lock();
         let config = match (&state.vm, &state.config) {
-            (Some(vm), _) => vm.config().clone(),
+            (Some(vm), _) => vm.shown_config(),
             (None, Some(config)) => config.clone(),
             (None, None) => return Err(ControlError::new(404, "No VM is configured")),
         };
