@@ -30,6 +30,8 @@ pub(super) struct Ring {
     jobs: Vec<Option<Job>>,
     free: Vec<usize>,
     back: Vec<(Job, Outcome)>,
+    /// How often the kernel was short.
+    shortages: u64,
     /// Written by the kernel whenever it has done something.
     _bell: Arc<Bell>,
 }
@@ -52,11 +54,13 @@ impl Ring {
             jobs: (0..ENTRIES).map(|_| None).collect(),
             free: (0..ENTRIES as usize).rev().collect(),
             back: Vec::new(),
+            shortages: 0,
             _bell: Arc::clone(bell),
         })
     }
 
-    fn push(&mut self, mut job: Job) {
+    /// Returns where in the table it is.
+    fn push(&mut self, mut job: Job) -> usize {
         let slot = self.free.pop().expect("no more is begun than there is room for");
         let entry = entry(&self.image, job.io()).user_data(slot as u64);
         self.jobs[slot] = Some(job);
@@ -64,20 +68,33 @@ impl Ring {
         // kernel has reported its completion; the image's descriptor is open as long as the ring is.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("the queue is as long as the table");
+        slot
     }
 
-    /// Hands over what is in the queue, all of it allowed to begin.
-    fn submit(&mut self) {
+    /// Hands over what is in the queue, all of it allowed to begin: the jobs in `slots`, in this order. `submit` is the
+    /// system call.
+    fn hand_over(
+        &mut self,
+        slots: &[usize],
+        mut submit: impl FnMut(&IoUring) -> io::Result<usize>,
+    ) {
         loop {
-            let result = self.ring.submit();
+            let result = submit(&self.ring);
             let left = self.ring.submission().len();
             match result {
                 _ if left == 0 => return,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    log::warn!("disk {}: the kernel is short: {error}", self.image.path.display());
+                    self.shortages += 1;
+                    if self.shortages.is_power_of_two() {
+                        let (path, count) = (self.image.path.display(), self.shortages);
+                        log::warn!(
+                            "disk {path}: the kernel is short ({count} times so far): {error}"
+                        );
+                    }
                     if !self.wait_for_leave(left) {
+                        self.forget(&slots[slots.len() - left..]);
                         return;
                     }
                 }
@@ -98,6 +115,16 @@ impl Ring {
             if self.image.valve.halted() {
                 return false;
             }
+        }
+    }
+
+    /// Lets go of jobs that the kernel has not taken and, halted as this disk is, never will: nothing is handed over any
+    /// more, so that nobody looks at the queue, whose entries point to their buffers. Without this they would count as under
+    /// way for ever, and the disk's thread would not end.
+    fn forget(&mut self, slots: &[usize]) {
+        for &slot in slots {
+            self.jobs[slot] = None;
+            self.free.push(slot);
         }
     }
 
@@ -146,10 +173,8 @@ impl Engine for Ring {
             self.back.extend(jobs.into_iter().map(|job| (job, Outcome::Refused)));
             return;
         }
-        for job in jobs {
-            self.push(job);
-        }
-        self.submit();
+        let slots: Vec<usize> = jobs.into_iter().map(|job| self.push(job)).collect();
+        self.hand_over(&slots, IoUring::submit);
     }
 
     fn finished(&mut self, into: &mut Vec<(Job, Outcome)>) {
@@ -161,10 +186,61 @@ impl Engine for Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // The kernel may be writing to buffers, or reading from them, that would go with the table.
-        let unsubmitted = self.ring.submission().len();
-        while self.jobs.len() - self.free.len() > unsubmitted {
+        while self.jobs.len() > self.free.len() {
             std::thread::sleep(BUSY_PAUSE);
             self.reap();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::block::back::BlockOptions;
+    use crate::block::latency::Timing;
+    use crate::block::valve::Valve;
+    use crate::effect::{BlockOp, BlockRequest};
+
+    fn write(id: u64) -> Job {
+        let op = BlockOp::Write { sector: id, data: vec![1; 512].into() };
+        let timing = Timing::begin(&op, Instant::now());
+        Job::new(BlockRequest { id, op }, timing, false, false).unwrap()
+    }
+
+    #[test]
+    fn halting_while_the_kernel_is_short_leaves_nothing_under_way() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 16).unwrap();
+        let bell = Arc::new(Bell::new().unwrap());
+        let valve = Arc::new(Valve::new(Arc::clone(&bell)));
+        let image = Image::open(&BlockOptions::new(file.path()), Arc::clone(&valve)).unwrap();
+        let mut ring = match Ring::new(&Arc::new(image), &bell) {
+            Ok(ring) => ring,
+            Err(error) => {
+                eprintln!("SKIPPED: no io_uring here: {error}");
+                return;
+            }
+        };
+        assert!(valve.enter(3));
+        let slots: Vec<usize> = (0..3).map(|id| ring.push(write(id))).collect();
+        let mut tries = 0;
+        ring.hand_over(&slots, |_| {
+            tries += 1;
+            if tries == 3 {
+                valve.halt();
+            }
+            Err(Errno::EAGAIN.into())
+        });
+        assert_eq!((ring.under_way(), ring.room()), (0, ENTRIES as usize));
+        assert!(valve.quiet());
+        ring.begin(vec![write(4)]);
+        let mut finished = Vec::new();
+        ring.finished(&mut finished);
+        assert!(matches!(finished[..], [(_, Outcome::Refused)]));
+        assert_eq!(ring.under_way(), 0);
+        drop(ring);
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![0; 1 << 16], "halted, it wrote");
     }
 }
