@@ -5,7 +5,8 @@
 //! never holds up the guest.
 //!
 //! Input is read no faster than the guest takes it: little of it is under way at a time, and the rest stays with
-//! whoever writes it, who waits as at any terminal.
+//! whoever writes it, who waits as at any terminal. A socket's client that goes away meanwhile makes room for another; the
+//! rest of what it wrote is read if the guest takes it before that one comes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -123,6 +124,8 @@ struct Running {
 #[derive(Debug, Default)]
 struct Streams {
     input: Option<File>,
+    /// Who writes the input has gone, though not all of it is read.
+    leaving: bool,
     output: Option<File>,
     listener: Option<UnixListener>,
     /// The other side of a pseudo-terminal, held so that it has no end while no one uses it.
@@ -266,6 +269,8 @@ struct Worker {
 #[derive(Debug, Clone, Copy)]
 enum Role {
     Input,
+    /// What is not read for now; whether it will go on is all that is asked.
+    Client,
     Output,
     Listener,
 }
@@ -290,24 +295,28 @@ impl Worker {
                 match role {
                     Role::Input if readable(ready) => self.read(),
                     Role::Output if !ready.is_empty() => self.write(),
+                    Role::Client if !ready.is_empty() => self.streams.leaving = true,
                     Role::Listener if readable(ready) => self.accept(),
-                    Role::Input | Role::Output | Role::Listener => {}
+                    Role::Input | Role::Client | Role::Output | Role::Listener => {}
                 }
             }
         }
     }
 
     fn wanted(&self) -> (Vec<Role>, Vec<(BorrowedFd<'_>, PollFlags)>) {
-        let Streams { input, output, listener, .. } = &self.streams;
+        let Streams { input, leaving, output, listener, .. } = &self.streams;
         let (mut roles, mut fds) = (Vec::new(), Vec::new());
         let mut want = |role, fd, flags| {
             roles.push(role);
             fds.push((fd, flags));
         };
-        if let Some(input) = input
-            && !self.window.is_closed()
-        {
-            want(Role::Input, input.as_fd(), PollFlags::POLLIN);
+        if let Some(input) = input {
+            if !self.window.is_closed() {
+                want(Role::Input, input.as_fd(), PollFlags::POLLIN);
+            } else if listener.is_some() && !leaving {
+                // A hang-up is told without being asked for.
+                want(Role::Client, input.as_fd(), PollFlags::empty());
+            }
         }
         if let Some(listener) = listener {
             want(Role::Listener, listener.as_fd(), PollFlags::POLLIN);
@@ -375,6 +384,7 @@ impl Worker {
     /// The input has ended. A socket waits for its next client.
     fn hang_up(&mut self) {
         self.streams.input = None;
+        self.streams.leaving = false;
         if self.streams.listener.is_some() {
             self.streams.output = None;
         }
@@ -390,10 +400,11 @@ impl Worker {
                 return;
             }
         };
-        if self.streams.input.is_some() {
+        if self.streams.input.is_some() && !self.streams.leaving {
             // One at a time: this one is shown the door by closing.
             return;
         }
+        self.hang_up();
         match both_ways(client) {
             Ok((input, output)) => {
                 self.streams.input = Some(input);
@@ -548,6 +559,54 @@ mod tests {
         }
         back.stop();
         assert!(!path.exists());
+    }
+
+    /// Fills the window, and leaves more unread.
+    fn client_that_waits(path: &Path, input: &mpsc::Receiver<Vec<u8>>) -> UnixStream {
+        let mut client = UnixStream::connect(path).unwrap();
+        for _ in 0..UNDER_WAY_MAX {
+            client.write_all(b"x").unwrap();
+            assert_eq!(input.recv().unwrap(), b"x");
+        }
+        client.write_all(b"rest").unwrap();
+        client
+    }
+
+    /// Connects until it is not turned away: then it gets what `back` puts out.
+    fn served(back: &ConsoleBack, path: &Path) -> UnixStream {
+        loop {
+            let mut client = UnixStream::connect(path).unwrap();
+            back.output(b"!");
+            if client.read(&mut [0]).unwrap_or(0) == 1 {
+                return client;
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_that_goes_while_the_guest_reads_nothing_makes_room_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
+        let input = start(&back);
+        drop(client_that_waits(&path, &input));
+        let mut second = served(&back, &path);
+        second.write_all(b"second").unwrap();
+        back.taken();
+        assert_eq!(input.recv().unwrap(), b"second");
+        back.stop();
+    }
+
+    #[test]
+    fn what_a_client_wrote_before_it_went_is_read_when_the_guest_takes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let back = ConsoleBack::open(ConsoleMode::Socket(path.clone())).unwrap();
+        let input = start(&back);
+        drop(client_that_waits(&path, &input));
+        back.taken();
+        assert_eq!(input.recv().unwrap(), b"rest");
+        back.stop();
     }
 
     #[test]
