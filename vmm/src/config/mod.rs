@@ -32,6 +32,7 @@ pub use unsupported::{
 };
 pub use validate::ValidationError;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -205,7 +206,7 @@ impl VmConfig {
                         break name;
                     }
                 };
-                taken.push(name.clone());
+                taken.insert(name.clone());
                 *id = Some(name);
             }
         };
@@ -222,7 +223,7 @@ impl VmConfig {
         }
     }
 
-    fn explicit_ids(&self) -> Vec<String> {
+    fn explicit_ids(&self) -> HashSet<String> {
         let disks = self.disks().iter().map(|disk| &disk.pci.id);
         let nets = self.net().iter().map(|net| &net.pci.id);
         disks.chain(nets).flatten().cloned().collect()

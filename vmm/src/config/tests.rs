@@ -292,3 +292,24 @@ fn completing_fills_ids_from_one_counter_and_macs() {
     config.complete(|| unreachable!("nothing is left to fill in"));
     assert_eq!(config, completed);
 }
+
+#[test]
+fn devices_without_number_are_refused_at_once() {
+    let disks = |count: usize| {
+        bootable(|json| {
+            let disk = |index| json!({"path": format!("/disk{index}")});
+            json["disks"] = (0..count).map(disk).collect();
+        })
+    };
+    // Console and entropy have a slot each.
+    assert_eq!(disks(29).validate(), Ok(()));
+    for count in [30, 200_000] {
+        let mut config = disks(count);
+        config.complete(|| [0; 5]);
+        let last = config.disks().last().and_then(|disk| disk.pci.id.clone());
+        assert_eq!(last, Some(format!("_disk{}", count - 1)));
+        let error = config.validate().unwrap_err();
+        assert_eq!(error, ValidationError::TooManyDevices);
+        assert_eq!(error.to_string(), "the VM has more than 31 PCI devices: remove some");
+    }
+}

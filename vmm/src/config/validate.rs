@@ -13,6 +13,7 @@ use super::{
     ConsoleMode, CoreScheduling, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
     PciCommon, PlatformConfig, VmConfig,
 };
+use crate::pci::{PciError, SLOTS};
 
 /// Why a configuration cannot be booted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -87,6 +88,9 @@ pub enum ValidationError {
         /// What would do.
         expected: &'static str,
     },
+    /// More devices than slots.
+    #[error("{full}: remove some", full = PciError::Full)]
+    TooManyDevices,
     /// Two devices in one PCI slot.
     #[error("PCI slot {0} is asked for by more than one device")]
     DuplicateSlot(u8),
@@ -131,6 +135,7 @@ impl VmConfig {
             (Some(_), None) => {}
         }
         self.validate_absent_devices()?;
+        self.validate_device_count()?;
         validate_cpus(&self.cpus)?;
         validate_memory(&self.memory)?;
         if let Some(platform) = &self.platform {
@@ -187,6 +192,16 @@ impl VmConfig {
         validate_pci("console", &self.console.pci)
     }
 
+    /// What is looked at further is few.
+    fn validate_device_count(&self) -> Result<(), ValidationError> {
+        let console = usize::from(self.console.mode != ConsoleMode::Off);
+        let rng = 1;
+        if self.disks().len() + self.net().len() + console + rng > MAX_DEVICES {
+            return Err(ValidationError::TooManyDevices);
+        }
+        Ok(())
+    }
+
     /// Names, slots and host resources no two devices may share.
     fn validate_shared_names(&self) -> Result<(), ValidationError> {
         let disks = self.disks().iter().map(|disk| &disk.pci);
@@ -224,6 +239,9 @@ impl VmConfig {
         Ok(())
     }
 }
+
+/// The host bridge has slot 0.
+const MAX_DEVICES: usize = SLOTS as usize - 1;
 
 /// What to call a device in an error: its id, else its place in the list.
 fn name(kind: &str, index: usize, pci: &PciCommon) -> String {
