@@ -19,6 +19,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::api::dispatch::dispatch;
 use vmm::api::route::Call;
+use vmm::api::types::RestoreConfig;
 use vmm::api::{ApiSocket, EventLoop, Inbox, Server};
 use vmm::event_monitor::EventWriter;
 use vmm::non_blocking::NonBlocking;
@@ -85,8 +86,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
 /// What the options ask for beyond waiting for the API.
 fn first_call(options: &Options) -> anyhow::Result<Vec<Call>> {
     if let Some(text) = &options.restore {
-        let config = vmm::api::types::RestoreConfig::from_option(text)
-            .with_context(|| format!("--restore '{text}' cannot be used"))?;
+        let unusable = || format!("--restore '{text}' cannot be used");
+        let config = RestoreConfig::from_option(text).with_context(unusable)?;
+        config.validate().with_context(unusable)?;
         return Ok(vec![Call::Restore(Box::new(config))]);
     }
     let vm = options.vm.options();

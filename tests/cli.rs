@@ -298,6 +298,7 @@ fn exit_codes_tell_usage_from_failure() {
         (&["--kernel", "/k", "--memory", "size=lots"], 1, "suffix"),
         (&["--kernel", "/k", "--disk", "path=/d,colour=red"], 1, "'colour'"),
         (&["--restore", "source_url=file:///missing"], 1, "/missing"),
+        (&["--restore", "source_url=file:///s,memory_restore_mode=ondemand"], 1, "OnDemand"),
         (&["--api-socket", "/missing/api.sock"], 1, "/missing/api.sock"),
     ] {
         let output = dyad(arguments);

@@ -173,6 +173,7 @@ fn bad_json_is_refused_with_the_parsers_words() {
             r#"{"source_url":"file:///s","net_fds":[{"id":"n","num_fds":1}]}"#,
             "net_fds",
         ),
+        ("vm.restore", r#"{"source_url":"file:///s","iommufd_fd":3}"#, "iommufd_fd"),
         ("ft.receive", r#"{"listen_url": "7700"}"#, "tcp:HOST:PORT"),
         ("ft.enable", r#"{"backup_url": "tcp:h:1"}"#, "arbiter_url"),
         ("ft.enable", r#"{"backup_url": "tcp:h:1", "arbiter_url": "etcd:x"}"#, "arbiter"),

@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 
 use super::ft::{FtEnableConfig, FtReceiveConfig};
 use super::http::{Method, Request, Response};
-use super::types::{MemoryRestoreMode, RestoreConfig, SnapshotConfig};
+use super::types::{RestoreConfig, SnapshotConfig};
 use crate::config::VmConfig;
 
 /// Where all endpoints live but one.
@@ -150,21 +150,9 @@ fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Response> {
 
 fn restore(request: &Request) -> Result<Call, Response> {
     let config: RestoreConfig = body(request)?;
-    let refuse =
-        |status, why| Err(Response::error(status, ["The VM cannot be restored like this", why]));
-    let wants_fds = config.net_fds.as_ref().is_some_and(|fds| !fds.is_empty())
-        || config.vfio_fds.as_ref().is_some_and(|fds| !fds.is_empty());
-    if config.memory_restore_mode == MemoryRestoreMode::OnDemand {
-        if config.prefault {
-            return refuse(400, "'memory_restore_mode' OnDemand and 'prefault' exclude each other");
-        }
-        return refuse(500, "Dyad does not support 'memory_restore_mode' OnDemand yet");
-    }
-    if wants_fds {
-        return refuse(400, "'net_fds' and 'vfio_fds' need descriptors, which Dyad does not take");
-    }
-    if !config.zone_updates.is_empty() {
-        return refuse(500, "Dyad does not support memory zones yet: 'zone_updates'");
-    }
+    config.validate().map_err(|error| {
+        let what = "The VM cannot be restored like this";
+        Response::error(error.status(), [what, &error.to_string()])
+    })?;
     Ok(Call::Restore(Box::new(config)))
 }

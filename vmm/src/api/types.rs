@@ -61,10 +61,58 @@ pub struct RestoreConfig {
     pub zone_updates: Vec<ZoneUpdate>,
 }
 
+/// What Dyad does not do in restoring a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RestoreConfigError {
+    /// Two that contradict each other.
+    #[error("'memory_restore_mode' OnDemand and 'prefault' exclude each other")]
+    OnDemandAndPrefault,
+    /// Memory read later.
+    #[error("Dyad does not support 'memory_restore_mode' OnDemand yet: leave it out")]
+    OnDemand,
+    /// Descriptors.
+    #[error("'net_fds', 'vfio_fds' and 'iommufd_fd' need descriptors, which Dyad does not take")]
+    Descriptors,
+    /// Memory zones.
+    #[error("Dyad does not support memory zones yet: leave 'zone_updates' out")]
+    Zones,
+}
+
+impl RestoreConfigError {
+    /// The HTTP status that goes with it.
+    pub fn status(self) -> u16 {
+        match self {
+            Self::OnDemandAndPrefault | Self::Descriptors => 400,
+            Self::OnDemand | Self::Zones => 500,
+        }
+    }
+}
+
 impl RestoreConfig {
     /// The directory to read from.
     pub fn directory(&self) -> Result<PathBuf, UrlError> {
         file_url(&self.source_url)
+    }
+
+    /// Checks that this can be done.
+    pub fn validate(&self) -> Result<(), RestoreConfigError> {
+        fn any<T>(list: &Option<Vec<T>>) -> bool {
+            list.as_ref().is_some_and(|list| !list.is_empty())
+        }
+        if self.memory_restore_mode == MemoryRestoreMode::OnDemand {
+            return Err(if self.prefault {
+                RestoreConfigError::OnDemandAndPrefault
+            } else {
+                RestoreConfigError::OnDemand
+            });
+        }
+        if any(&self.net_fds) || any(&self.vfio_fds) || self.iommufd_fd.is_some() {
+            return Err(RestoreConfigError::Descriptors);
+        }
+        if !self.zone_updates.is_empty() {
+            return Err(RestoreConfigError::Zones);
+        }
+        Ok(())
     }
 }
 
