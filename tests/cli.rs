@@ -107,6 +107,9 @@ fn a_vm_is_configured_shown_and_deleted() {
     assert!(text.contains("  1: 400 Bad Request\n") && text.contains("'kernel'"), "{text}");
 
     assert_eq!(dyad.remote(&["delete"]).status.code(), Some(0));
+    let empty = dyad.remote(&["create"]);
+    assert_eq!(empty.status.code(), Some(1));
+    assert!(error(&empty).contains("'-' is empty: a VM's configuration"), "{}", error(&empty));
     let info = dyad.remote(&["info"]);
     assert!(info.stdout.is_empty());
     assert!(error(&info).contains("  1: 404 Not Found\n"));

@@ -175,6 +175,11 @@ fn bad_json_is_refused_with_the_parsers_words() {
         ),
         ("vm.restore", r#"{"source_url":"file:///s","iommufd_fd":3}"#, "iommufd_fd"),
         ("ft.receive", r#"{"listen_url": "7700"}"#, "tcp:HOST:PORT"),
+        (
+            "ft.receive",
+            r#"{"listen_url": "tcp:0.0.0.0:1", "max_memory_bytes": 0}"#,
+            "max_memory_bytes",
+        ),
         ("ft.enable", r#"{"backup_url": "tcp:h:1"}"#, "arbiter_url"),
         ("ft.enable", r#"{"backup_url": "tcp:h:1", "arbiter_url": "etcd:x"}"#, "arbiter"),
         (

@@ -13,7 +13,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use api_client::{Client, Response};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -91,6 +91,8 @@ enum Command {
     /// the CA and, with allowed_peers=[NAME,...], names one of these. A VM with more than
     /// max_memory_bytes=SIZE is refused. Disks have their images here where the primary has its own, unless
     /// disks=[ID=PATH,...] says otherwise.
+    ///
+    /// A dyad that waits makes no VM of its own: create and restore are refused, until delete ends the waiting.
     FtReceive {
         /// listen_url=tcp:HOST:PORT[,tls_dir=DIR][,...]
         options: String,
@@ -164,9 +166,18 @@ impl Call {
             Command::MakeTestCa { .. } => return Ok(None),
             Command::Ping => Ok(Self::get("vmm.ping")),
             Command::ShutdownVmm => Ok(Self::put("vmm.shutdown")),
-            // Sent unchanged: the server judges it.
             Command::Create { path } => {
-                Ok(Self { body: Some(read(path)?), ..Self::put("vm.create") })
+                // Sent unchanged: the server judges it.
+                let body = read(path)?;
+                if body.is_empty() {
+                    bail!(
+                        "'{}' is empty: a VM's configuration in JSON is wanted, as in \
+                         {{\"payload\": {{\"kernel\": \"/PATH\", \"cmdline\": \"console=ttyS0\"}}, \
+                         \"disks\": [{{\"path\": \"/PATH\"}}]}}",
+                        path.display()
+                    );
+                }
+                Ok(Self { body: Some(body), ..Self::put("vm.create") })
             }
             Command::Boot => Ok(Self::put("vm.boot")),
             Command::Info => Ok(Self::get("vm.info")),

@@ -185,6 +185,16 @@ fn default_log_buffer_bytes() -> u64 {
     16 << 20
 }
 
+/// A value in [`FtReceiveConfig`] that cannot work.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FtReceiveError {
+    /// No VM is so small.
+    #[error(
+        "'max_memory_bytes' is 0, which refuses every VM: give what the largest may have, or leave it out"
+    )]
+    NoMemory,
+}
+
 /// A value in [`FtEnableConfig`] that cannot work.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FtConfigError {
@@ -275,6 +285,14 @@ impl FtReceiveConfig {
             allowed_peers: Vec::new(),
             max_memory_bytes: None,
             disks: Vec::new(),
+        }
+    }
+
+    /// Checks that a VM can be received.
+    pub fn validate(&self) -> Result<(), FtReceiveError> {
+        match self.max_memory_bytes {
+            Some(0) => Err(FtReceiveError::NoMemory),
+            Some(_) | None => Ok(()),
         }
     }
 

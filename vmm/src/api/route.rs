@@ -105,7 +105,14 @@ pub fn route(request: &Request) -> Result<Call, Response> {
         "ft.disable" => action(Call::FtDisable),
         "vm.snapshot" => body(request).map(Call::Snapshot),
         "vm.restore" => restore(request),
-        "ft.receive" => body(request).map(|config| Call::FtReceive(Box::new(config))),
+        "ft.receive" => {
+            let config: FtReceiveConfig = body(request)?;
+            config.validate().map_err(|error| {
+                let what = "No VM can be received like this";
+                Response::error(400, [what, &error.to_string()])
+            })?;
+            Ok(Call::FtReceive(Box::new(config)))
+        }
         "ft.enable" => {
             let config: FtEnableConfig = body(request)?;
             match config.validate() {
