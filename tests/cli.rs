@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -241,6 +241,33 @@ fn watching_into_a_pipe_writes_lines_and_tells_when_the_vmm_is_gone() {
     let nobody = dyad.remote(&["ft-watch"]);
     assert_eq!(nobody.status.code(), Some(1));
     assert!(error(&nobody).contains("api.sock"), "{}", error(&nobody));
+}
+
+#[test]
+fn a_vmm_that_says_nothing_is_not_waited_for_in_silence() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let _mute = UnixListener::bind(&socket).unwrap();
+    let ping = remote(&socket, &["--timeout", "1", "ping"]);
+    assert_eq!(ping.status.code(), Some(1));
+    assert!(error(&ping).contains("has not answered for 1.0 s"), "{}", error(&ping));
+    let watch = remote(&socket, &["ft-watch", "--count", "1"]);
+    assert_eq!(watch.status.code(), Some(0));
+    assert!(watch.stdout.starts_with(b"no answer: "), "{watch:?}");
+
+    let mut snapshot = Command::new(env!("CARGO_BIN_EXE_dyad-remote"))
+        .arg("--api-socket")
+        .arg(&socket)
+        .args(["snapshot", "file:///tmp"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(snapshot.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.starts_with("dyad-remote: no answer to vm.snapshot yet"), "{line}");
+    assert!(snapshot.try_wait().unwrap().is_none(), "what may take long is waited for");
+    snapshot.kill().unwrap();
+    snapshot.wait().unwrap();
 }
 
 #[test]

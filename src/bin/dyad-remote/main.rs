@@ -12,6 +12,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use api_client::{Client, Response};
@@ -21,6 +23,12 @@ use serde::Serialize;
 use vmm::api::types::{RestoreConfig, SnapshotConfig};
 use vmm::api::{FtEnableConfig, FtReceiveConfig};
 
+/// How long an answer is waited for that takes no work.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// After this long the user is told what is being waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// Control a running dyad
 #[derive(Debug, Parser)]
 #[command(name = "dyad-remote", version, max_term_width = 100)]
@@ -28,6 +36,11 @@ struct Options {
     /// The Unix socket dyad was started with
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
+
+    /// Give up when no answer has come by then [default: 60; boot, reboot, shutdown, delete, snapshot, restore,
+    /// ft-enable, ft-failover, ft-disable and shutdown-vmm take their time, and are waited for]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: Option<u64>,
 
     #[command(subcommand)]
     command: Command,
@@ -40,6 +53,11 @@ impl Options {
             let text = "--api-socket PATH is needed: the socket dyad was started with";
             Self::command().error(ErrorKind::MissingRequiredArgument, text).exit()
         })
+    }
+
+    /// How long an answer to `command` is waited for.
+    fn timeout(&self) -> Option<Duration> {
+        self.timeout.map(Duration::from_secs).or(self.command.usual_timeout())
     }
 }
 
@@ -136,6 +154,35 @@ enum Command {
         #[arg(required = true, value_name = "HOST")]
         hosts: Vec<String>,
     },
+}
+
+impl Command {
+    /// `None` if it may take any time: memory is copied, disks finish what they have, hosts talk to each other.
+    fn usual_timeout(&self) -> Option<Duration> {
+        match self {
+            Self::Ping
+            | Self::Create { .. }
+            | Self::Info
+            | Self::Counters
+            | Self::Pause
+            | Self::Resume
+            | Self::PowerButton
+            | Self::FtReceive { .. }
+            | Self::FtStatus
+            | Self::FtWatch(_)
+            | Self::MakeTestCa { .. } => Some(ANSWER_TIMEOUT),
+            Self::ShutdownVmm
+            | Self::Boot
+            | Self::Reboot
+            | Self::Shutdown
+            | Self::Delete
+            | Self::Snapshot { .. }
+            | Self::Restore { .. }
+            | Self::FtEnable { .. }
+            | Self::FtFailover
+            | Self::FtDisable => None,
+        }
+    }
 }
 
 /// A request, ready to be sent.
@@ -251,10 +298,33 @@ fn run(options: &Options) -> anyhow::Result<Option<Response>> {
         }
         return Ok(None);
     }
-    let Some(Call { method, endpoint, body }) = Call::new(&options.command)? else {
+    let Some(call) = Call::new(&options.command)? else {
         return Ok(None);
     };
-    Ok(Some(Client::new(options.socket()).request(method, endpoint, body.as_deref())?))
+    let client = Client::new(options.socket());
+    let client = match options.timeout() {
+        Some(timeout) => client.with_timeout(timeout),
+        None => client,
+    };
+    Ok(Some(ask(&client, &call)?))
+}
+
+/// Makes the call, and says after a while what it waits for.
+fn ask(client: &Client, call: &Call) -> Result<Response, api_client::Error> {
+    let Call { method, endpoint, body } = call;
+    let (answered, waiting) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if waiting.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!(
+                    "dyad-remote: no answer to {endpoint} yet; Ctrl-C ends the waiting, not the call"
+                );
+            }
+        });
+        let answer = client.request(method, endpoint, body.as_deref());
+        drop(answered);
+        answer
+    })
 }
 
 fn print(response: Response) -> ExitCode {

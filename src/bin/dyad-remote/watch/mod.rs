@@ -8,10 +8,12 @@ mod view;
 
 use std::io::{IsTerminal, Write, stdout};
 use std::path::Path;
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use api_client::Client;
+use api_client::{Client, Error};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::{DefaultTerminal, TerminalOptions, Viewport};
 use vmm::api::FtStatus;
@@ -20,6 +22,9 @@ use view::Screen;
 
 /// A VMM that has not answered by then counts as silent.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// While an answer is waited for, it is looked for this often.
+const TICK: Duration = Duration::from_millis(20);
 
 /// How to watch.
 #[derive(Debug, clap::Args)]
@@ -41,11 +46,14 @@ pub struct Options {
 pub fn watch(socket: &Path, options: &Options) -> anyhow::Result<()> {
     let client = Client::new(socket).with_timeout(ANSWER_TIMEOUT);
     // A wrong path should be told, not watched.
-    let first = client.get("ft.status")?;
+    let first = match client.get("ft.status") {
+        Err(error @ Error::Silent { .. }) => Err(error.to_string()),
+        result => Ok(result?),
+    };
     let interval = Duration::from_millis(options.interval_ms);
     let mut watcher =
         Watcher { client, interval, left: options.count, screen: Screen::new(socket) };
-    watcher.screen.look = Ok(first);
+    watcher.screen.look = first;
     if options.lines || !stdout().is_terminal() {
         return watcher.write_lines().context("cannot write");
     }
@@ -56,6 +64,12 @@ pub fn watch(socket: &Path, options: &Options) -> anyhow::Result<()> {
     result
 }
 
+/// An answer, or why there is none.
+type Look = Result<FtStatus, String>;
+
+/// What cannot be.
+const LOST: &str = "the thread that asks has ended";
+
 struct Watcher {
     client: Client,
     interval: Duration,
@@ -65,9 +79,15 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn look(&mut self) {
-        let look = self.client.get::<FtStatus>("ft.status");
-        self.screen.look = look.map_err(|error| error.to_string());
+    /// Asks, on a thread of its own: whoever draws does not wait.
+    fn look(&self) -> Receiver<Look> {
+        let (client, (sender, receiver)) = (self.client.clone(), mpsc::channel());
+        thread::spawn(move || {
+            let look = client.get::<FtStatus>("ft.status").map_err(|error| error.to_string());
+            // The user may have seen enough.
+            let _ = sender.send(look);
+        });
+        receiver
     }
 
     /// Counts a look; false after the last.
@@ -84,8 +104,8 @@ impl Watcher {
             if !self.goes_on() {
                 return Ok(());
             }
-            std::thread::sleep(self.interval);
-            self.look();
+            thread::sleep(self.interval);
+            self.screen.look = self.look().recv().unwrap_or_else(|_| Err(LOST.to_owned()));
         }
     }
 
@@ -99,16 +119,32 @@ impl Watcher {
                 if left.is_zero() {
                     break;
                 }
-                if event::poll(left)? && ends(&event::read()?) {
+                if ended(left)? {
                     return Ok(());
                 }
             }
             if !self.goes_on() {
                 return Ok(());
             }
-            self.look();
+            let looking = self.look();
+            self.screen.look = loop {
+                match looking.try_recv() {
+                    Ok(look) => break look,
+                    Err(TryRecvError::Disconnected) => break Err(LOST.to_owned()),
+                    Err(TryRecvError::Empty) => {}
+                }
+                if ended(TICK)? {
+                    return Ok(());
+                }
+                terminal.draw(|frame| self.screen.draw(frame))?;
+            };
         }
     }
+}
+
+/// Waits for the user, at most for `timeout`; whether it is enough.
+fn ended(timeout: Duration) -> std::io::Result<bool> {
+    Ok(event::poll(timeout)? && ends(&event::read()?))
 }
 
 fn ends(event: &Event) -> bool {
