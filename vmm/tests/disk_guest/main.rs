@@ -26,7 +26,7 @@ use virtio_devices::block::back::{
     BlockBack, BlockOptions, CompletionSink, Faults, Step, StepKind, Verdict,
 };
 use virtio_devices::net::Offloads;
-use virtio_devices::{BlockRequest, BlockStatus};
+use virtio_devices::{BlockOp, BlockRequest, BlockStatus};
 use vmm::boot::{BootFile, Payload};
 use vmm::config::{ConsoleMode, DiskConfig, VmConfig};
 use vmm::machine::HostFacts;
@@ -87,6 +87,22 @@ struct OneDisk {
     disk: BlockBack,
     serial: Mutex<Vec<u8>>,
     submitted: Mutex<Vec<u64>>,
+    slow: Mutex<Slow>,
+}
+
+/// Which requests reach the disk late.
+#[derive(Default)]
+struct Slow {
+    /// All but flushes and these.
+    but: Option<BTreeSet<u64>>,
+    held: Vec<BlockRequest>,
+}
+
+impl Slow {
+    fn holds(&self, request: &BlockRequest) -> bool {
+        let late = |in_time: &BTreeSet<u64>| !in_time.contains(&request.id);
+        request.op != BlockOp::Flush && self.but.as_ref().is_some_and(late)
+    }
 }
 
 impl OneDisk {
@@ -96,7 +112,19 @@ impl OneDisk {
             disk: BlockBack::open_with(&options).unwrap(),
             serial: Mutex::default(),
             submitted: Mutex::default(),
+            slow: Mutex::default(),
         })
+    }
+
+    /// Of what is asked for from now on, the disk gets only flushes and these until [`Self::let_go`].
+    fn hold_all_but(&self, in_time: BTreeSet<u64>) {
+        self.slow.lock().unwrap().but = Some(in_time);
+    }
+
+    fn let_go(&self) {
+        for request in std::mem::take(&mut *self.slow.lock().unwrap()).held {
+            self.disk.submit(request);
+        }
     }
 
     fn start(&self, device: u8) -> Receiver<Event> {
@@ -125,7 +153,12 @@ impl Outlet for OneDisk {
     fn block(&self, device: u8, request: BlockRequest) {
         assert_eq!(device, DEVICE);
         self.submitted.lock().unwrap().push(request.id);
-        self.disk.submit(request);
+        let mut slow = self.slow.lock().unwrap();
+        if slow.holds(&request) {
+            slow.held.push(request);
+        } else {
+            self.disk.submit(request);
+        }
     }
     fn block_patiently(&self, device: u8, request: BlockRequest) {
         assert_eq!(device, DEVICE);

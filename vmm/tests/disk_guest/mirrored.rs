@@ -1,18 +1,15 @@
 //! Two sides, each with an image of its own.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use ft::{Decoder, Entry, Event, ExecutionPoint};
 use nix::errno::Errno;
-use rt_channel::Receiver;
-use tempfile::NamedTempFile;
+use virtio_devices::BlockStatus;
 use virtio_devices::block::back::{Faults, Step, StepKind, Verdict};
-use virtio_devices::{BlockOp, BlockStatus};
 use vmm::run_loop::disks::{DiskPlan, FollowedDisks};
 use vmm::run_loop::outgoing::Outlet;
-use vmm::run_loop::replay::Replay;
 
 use crate::recording::{record_as, replay_with, run};
 use crate::{DEVICE, Flaky, OneDisk, Setup, image};
@@ -78,17 +75,17 @@ fn what_failed_on_the_primary_is_applied_as_failed_and_doubtful_data_is_shipped(
     assert!(failed > 0 && shipped > 0);
 }
 
-/// Where each completion of a log ends.
-fn ends(log: &[u8]) -> Vec<usize> {
+/// The completions of a log: which request, and where it ends.
+fn completed(log: &[u8]) -> Vec<(u64, usize)> {
     let mut decoder = Decoder::new(ExecutionPoint(0));
     decoder.push(log.to_vec());
-    let mut ends = Vec::new();
+    let mut completed = Vec::new();
     while let Some((record, position)) = decoder.next_record().unwrap() {
-        if let Entry::Event(Event::DiskCompletion { .. }) = record.entry {
-            ends.push(position.0 as usize);
+        if let Entry::Event(Event::DiskCompletion { request, .. }) = record.entry {
+            completed.push((request, position.0 as usize));
         }
     }
-    ends
+    completed
 }
 
 #[test]
@@ -105,105 +102,55 @@ fn requests_under_way_when_the_primary_dies_are_done_on_the_backups_image() {
         outlet.disk.halt();
     }
     // The log ends where the primary died: somewhere with requests under way.
-    let died = ends(&log).into_iter().rev().any(|end| goes_on_alone(&setup, &log[..end]));
-    assert!(
-        died,
-        "at no completion were there requests under way that failed when this side was live"
-    );
+    let completed = completed(&log);
+    let died = (1..=completed.len()).rev().any(|count| {
+        let (done, end) = (&completed[..count], completed[count - 1].1);
+        goes_on_alone(&setup, &log[..end], done.iter().map(|(request, _)| *request).collect())
+    });
+    assert!(died, "at no completion were there requests under way");
 }
 
-/// Follows `log` and goes on alone, where what is under way then fails at first. False if nothing was.
-fn goes_on_alone(setup: &Setup, log: &[u8]) -> bool {
-    let seen = Arc::new(Seen::default());
-    let (backup, ..) = follow(setup, log, Arc::clone(&seen) as Arc<dyn Faults>);
-    let under_way = backup.machine().outstanding();
-    if under_way.len() < 4 {
+/// Follows `log`, in which the requests `done` complete, and goes on alone, where what is under way then fails at first.
+/// False if too little was.
+fn goes_on_alone(setup: &Setup, log: &[u8], done: BTreeSet<u64>) -> bool {
+    let image = image();
+    let faults = Arc::new(FailsAtFirst::default());
+    let options = Some(Arc::clone(&faults) as Arc<dyn Faults>);
+    let outlet = OneDisk::open(image.path(), true, options);
+    outlet.hold_all_but(done);
+    let events = outlet.start(DEVICE);
+    let way_out = Arc::clone(&outlet) as Arc<dyn Outlet>;
+    let disks = FollowedDisks::new(DiskPlan::Mirrored, Arc::clone(&way_out));
+    let mut backup = setup.guest();
+    let (mut replay, off, _) = replay_with(&mut backup, log, disks, &events);
+    assert!(!off);
+    let under_way = outlet.slow.lock().unwrap().held.len();
+    if under_way < 4 {
         return false;
     }
-    // Each is the last step of its kind at its place, since those that overlap wait for each other.
-    let steps = seen.0.lock().unwrap().clone();
-    let nth = |kind, sector: u64| {
-        let count = steps.iter().filter(|s| s.kind == kind && s.offset == sector * 512).count();
-        (kind, sector * 512, count)
-    };
-    // One for each place: a second request there has not begun, and would be confused with what the guest asks for later.
-    let mut targets = Vec::new();
-    for (_, request) in &under_way {
-        let target = match &request.op {
-            BlockOp::Read { sector, .. } => nth(StepKind::Read, *sector),
-            BlockOp::Write { sector, .. } => nth(StepKind::Write, *sector),
-            _ => continue,
-        };
-        if !targets.contains(&target) {
-            targets.push(target);
-        }
+    while !replay.make_stable(&backup) {
+        replay.completed(events.recv().unwrap());
     }
-    let late = Arc::new(FailsLate {
-        following: AtomicBool::new(true),
-        failed_live: AtomicU32::new(0),
-        left: Mutex::new(targets),
-    });
-    let (mut backup, replay, outlet, events, _image) =
-        follow(setup, log, Arc::clone(&late) as Arc<dyn Faults>);
-    let way_out = Arc::clone(&outlet) as Arc<dyn Outlet>;
     let mut live = replay.go_live(&backup, &way_out);
-    late.following.store(false, Ordering::SeqCst);
+    faults.0.store(under_way as u32, Ordering::SeqCst);
+    outlet.let_go();
     assert!(run(&mut live, &mut backup, &events, |_| false));
+    assert_eq!(faults.0.load(Ordering::SeqCst), 0, "none of them is left to fail");
     drop((live, way_out));
     let (mismatches, failed, _) = outlet.report();
     assert_eq!((mismatches, failed), (0, 0));
-    late.failed_live.load(Ordering::SeqCst) > 0
+    true
 }
 
-type Following = (vmm::guest::Guest, Replay, Arc<OneDisk>, Receiver<Event>, NamedTempFile);
-
-fn follow(setup: &Setup, log: &[u8], faults: Arc<dyn Faults>) -> Following {
-    let image = image();
-    let outlet = OneDisk::open(image.path(), true, Some(faults));
-    let events = outlet.start(DEVICE);
-    let disks = FollowedDisks::new(DiskPlan::Mirrored, Arc::clone(&outlet) as Arc<dyn Outlet>);
-    let mut backup = setup.guest();
-    let (replay, off, _) = replay_with(&mut backup, log, disks, &events);
-    assert!(!off);
-    (backup, replay, outlet, events, image)
-}
-
-/// Every step there was.
+/// Fails as many reads and writes as this says, the next ones.
 #[derive(Default)]
-struct Seen(Mutex<Vec<Step>>);
+struct FailsAtFirst(AtomicU32);
 
-impl Faults for Seen {
+impl Faults for FailsAtFirst {
     fn before(&self, step: Step) -> Verdict {
-        self.0.lock().unwrap().push(step);
-        Verdict::Go
-    }
-}
-
-/// Fails the n-th step of a kind at a place, if it can when this side has gone live.
-struct FailsLate {
-    following: AtomicBool,
-    failed_live: AtomicU32,
-    left: Mutex<Vec<(StepKind, u64, usize)>>,
-}
-
-impl Faults for FailsLate {
-    fn before(&self, step: Step) -> Verdict {
-        let mut left = self.left.lock().unwrap();
-        let mut place = left.iter_mut().find(|(kind, offset, count)| {
-            *kind == step.kind && *offset == step.offset && *count > 0
-        });
-        let Some((.., count)) = &mut place else { return Verdict::Go };
-        *count -= 1;
-        if *count > 0 {
-            return Verdict::Go;
-        }
-        // What the log says is done may wait behind it on the disk's thread.
-        let patience = Instant::now() + Duration::from_millis(200);
-        while self.following.load(Ordering::SeqCst) && Instant::now() < patience {
-            std::thread::yield_now();
-        }
-        let live = !self.following.load(Ordering::SeqCst);
-        self.failed_live.fetch_add(u32::from(live), Ordering::SeqCst);
-        Verdict::Fail(Errno::EIO)
+        let take = |left: u32| left.checked_sub(1);
+        let fails = matches!(step.kind, StepKind::Read | StepKind::Write)
+            && self.0.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
+        if fails { Verdict::Fail(Errno::EIO) } else { Verdict::Go }
     }
 }
