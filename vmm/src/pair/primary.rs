@@ -88,37 +88,7 @@ impl PrimaryThread {
     /// Greets the backup, copies and protects, all in the background: the observer hears of it.
     pub fn start(parts: PrimaryParts) -> Result<Self, String> {
         let fail = |error: std::io::Error| format!("cannot set up the logging channel: {error}");
-        let (flush_sender, flushes) = rt_channel::unbounded();
-        let mut actions = Vec::new();
-        let max_held_bytes = parts.config.terms.log_buffer_bytes;
-        let plan = DiskPlan::of(&parts.config.terms);
-        let max_lag = parts.config.terms.timing.max_lag();
-        let machine = Primary::new(boot_time(), parts.config, &mut actions);
-        let mut side = PrimarySide {
-            core: Core::new(machine, parts.wire, actions).map_err(fail)?,
-            gate: OutputGate::new(),
-            arbiter: parts.arbiter,
-            inbox: parts.inbox,
-            memory: parts.memory,
-            payload: parts.payload,
-            outlet: parts.outlet,
-            plan,
-            max_lag,
-            disks: parts.disks,
-            local: parts.local,
-            observer: parts.observer,
-            feedback: Arc::default(),
-            log_full: false,
-            max_held_bytes,
-            stalled: false,
-            flush_sender: Some(flush_sender),
-            flushes,
-            clone: None,
-            quiescing: None,
-            clone_sent: false,
-            progress: Arc::default(),
-            lease: None,
-        };
+        let mut side = PrimarySide::new(parts).map_err(fail)?;
         let handle = side.core.handle.clone();
         let (running, done) = rt_channel::unbounded();
         std::thread::Builder::new()
@@ -298,6 +268,40 @@ impl Side for PrimarySide {
 }
 
 impl PrimarySide {
+    fn new(parts: PrimaryParts) -> std::io::Result<Self> {
+        let (flush_sender, flushes) = rt_channel::unbounded();
+        let mut actions = Vec::new();
+        let max_held_bytes = parts.config.terms.log_buffer_bytes;
+        let plan = DiskPlan::of(&parts.config.terms);
+        let max_lag = parts.config.terms.timing.max_lag();
+        let machine = Primary::new(boot_time(), parts.config, &mut actions);
+        Ok(Self {
+            core: Core::new(machine, parts.wire, actions)?,
+            gate: OutputGate::new(),
+            arbiter: parts.arbiter,
+            inbox: parts.inbox,
+            memory: parts.memory,
+            payload: parts.payload,
+            outlet: parts.outlet,
+            plan,
+            max_lag,
+            disks: parts.disks,
+            local: parts.local,
+            observer: parts.observer,
+            feedback: Arc::default(),
+            log_full: false,
+            max_held_bytes,
+            stalled: false,
+            flush_sender: Some(flush_sender),
+            flushes,
+            clone: None,
+            quiescing: None,
+            clone_sent: false,
+            progress: Arc::default(),
+            lease: None,
+        })
+    }
+
     /// Outputs that have been released but not yet performed are the back halves' to stop.
     fn renew_lease(&mut self) {
         if self.plan == DiskPlan::Mirrored {
@@ -465,3 +469,6 @@ impl PrimarySide {
         drop(draining);
     }
 }
+
+#[cfg(test)]
+mod tests;
