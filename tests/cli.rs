@@ -437,3 +437,21 @@ fn protection_without_a_vm_or_with_nobody_there_is_refused() {
     let status: Value = serde_json::from_slice(&dyad.remote(&["ft-status"]).stdout).unwrap();
     assert_eq!(status["role"], "none");
 }
+
+#[test]
+fn a_standby_takes_no_vm_but_a_primarys() {
+    let dyad = Dyad::start();
+    let receive = dyad.remote(&["ft-receive", "listen_url=tcp:127.0.0.1:0,insecure=on"]);
+    assert_eq!(receive.status.code(), Some(0), "{}", error(&receive));
+    let config = dyad.directory.path().join("vm.json");
+    std::fs::write(&config, "{}").unwrap();
+    let snapshot = format!("source_url=file://{}", dyad.directory.path().display());
+    for call in [["restore", &snapshot], ["create", config.to_str().unwrap()]] {
+        let refused = dyad.remote(&call);
+        assert_eq!(refused.status.code(), Some(1), "{call:?}");
+        assert!(error(&refused).contains("waits for a primary"), "{}", error(&refused));
+        assert!(error(&dyad.remote(&["info"])).contains("404"), "{call:?} has made a VM");
+        let status: Value = serde_json::from_slice(&dyad.remote(&["ft-status"]).stdout).unwrap();
+        assert_eq!(status["state"], "listening", "after {call:?}");
+    }
+}
