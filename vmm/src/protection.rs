@@ -139,6 +139,8 @@ struct Plan {
     number: u64,
     /// The latest attempt that got as far as a connection.
     primary: Option<Arc<PrimaryThread>>,
+    /// Somebody wants the wish withdrawn, and it is not decided yet whether that can be: nobody is asked meanwhile.
+    ending: bool,
     /// The thread runs.
     running: bool,
     closed: bool,
@@ -188,7 +190,15 @@ impl Plan {
         self.wish.take().is_some()
     }
 
+    /// When a standby is to be asked.
+    fn due(&self) -> Option<Duration> {
+        self.wish.as_ref().filter(|_| !self.ending)?.search.due()
+    }
+
     fn attempt(&mut self, now: Duration) -> Option<Attempt> {
+        if self.ending {
+            return None;
+        }
         let wish = self.wish.as_mut()?;
         let standby = wish.search.next(now)?;
         let (request, old) = (wish.request.clone(), self.primary.clone());
@@ -285,29 +295,39 @@ impl Protection {
     }
 
     /// Nobody wants the VM protected any more, or it is at its end. An error if it is not, or if protection
-    /// cannot be ended now.
+    /// cannot be ended now: then the wish stands.
     pub fn end(&self, reason: &str) -> Result<(), String> {
         let mut plan = self.0.lock();
-        let searching = plan.withdraw();
         let primary = plan.primary.clone().filter(|primary| !primary.ended());
+        let Some(primary) = primary else {
+            return plan.withdraw().then_some(()).ok_or("the VM is not protected".into());
+        };
+        plan.ending = true;
         drop(plan);
-        match primary {
-            Some(primary) => {
-                primary.command(Input::Disable { reason: reason.to_owned() })?;
-                if !primary.wait(DISABLE_TIMEOUT) {
-                    let state = primary.status().state;
-                    log::warn!("the end of protection is not confirmed: {state}");
-                }
-                Ok(())
+        let disabling = primary.command(Input::Disable { reason: reason.to_owned() });
+        let mut plan = self.0.lock();
+        plan.ending = false;
+        match disabling {
+            // What it ended by itself in just this moment is ended, too.
+            Err(_) if primary.ended() && plan.withdraw() => return Ok(()),
+            Err(refusal) => {
+                self.0.changed.notify_all();
+                return Err(refusal);
             }
-            None if searching => Ok(()),
-            None => Err("the VM is not protected".into()),
+            Ok(()) => plan.withdraw(),
+        };
+        drop(plan);
+        if !primary.wait(DISABLE_TIMEOUT) {
+            let state = primary.status().state;
+            log::warn!("the end of protection is not confirmed: {state}");
         }
+        Ok(())
     }
 
     /// There is no VM any more.
     pub fn forget(&self) {
         let mut plan = self.0.lock();
+        plan.withdraw();
         if let Some(primary) = plan.primary.take() {
             self.0.keep(&primary);
         }
@@ -381,8 +401,7 @@ impl Inner {
                 plan = self.lock();
                 continue;
             }
-            let due = plan.wish.as_ref().and_then(|wish| wish.search.due());
-            plan = match due {
+            plan = match plan.due() {
                 Some(due) => {
                     let waited = self.changed.wait_timeout(plan, due.saturating_sub(now));
                     waited.unwrap_or_else(PoisonError::into_inner).0

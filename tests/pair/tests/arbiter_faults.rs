@@ -148,6 +148,10 @@ fn both_wait(pair: &mut Pair, load: &Load) -> Result<()> {
     let waiting = Instant::now();
     let held = wait_for_status(&pair.primary, "held outputs", |status| status.held_outputs > 0)?;
     ensure!(held.throttle == 0.0, "nobody is behind, and the guest is slowed down: {held:?}");
+    // Protection cannot be ended now, and a call that was refused has changed nothing: the next backup is still wanted.
+    let refused = pair.primary.api().put("ft.disable").is_err();
+    let wanted = pair.primary.ft_status()?.reprotection.is_some();
+    ensure!(refused && wanted, "refused: {refused}, wanted: {wanted}");
     let returned = Instant::now();
     away.bring_back()?;
     // One of them wins, whichever asks first; the other is silent for good.

@@ -150,13 +150,15 @@ struct PrimarySide {
     feedback: Arc<Feedback>,
     /// The state machine wants the guest to wait.
     log_full: bool,
-    /// Payload bytes of outputs in the gate beyond which the guest waits.
+    /// Bytes of outputs in the gate, or of what the guest has recorded and nobody taken, beyond which it waits.
     max_held_bytes: u64,
     /// What the vCPU thread was told.
     stalled: bool,
     /// Kept until the recorder is made: once the recorder is dropped, `flushes` closes.
     flush_sender: Option<Sender<FromVcpu>>,
     flushes: Receiver<FromVcpu>,
+    /// The sizes of all that were taken.
+    taken_bytes: u64,
     clone: Option<CloneThread>,
     quiescing: Option<JoinHandle<()>>,
     /// The guest records, and what it records may be sent.
@@ -294,6 +296,7 @@ impl PrimarySide {
             stalled: false,
             flush_sender: Some(flush_sender),
             flushes,
+            taken_bytes: 0,
             clone: None,
             quiescing: None,
             clone_sent: false,
@@ -342,6 +345,7 @@ impl PrimarySide {
             let Ok(message) = self.flushes.try_recv() else { return };
             match message {
                 FromVcpu::Flush(flush) => {
+                    self.taken_bytes += flush.size_bytes();
                     for held in flush.outputs {
                         let size = held.outgoing.size();
                         let HeldOutput { number, position, behind, made, outgoing } = held;
@@ -359,9 +363,12 @@ impl PrimarySide {
     }
 
     /// The guest waits while the log buffers are full, and also while it has made more outputs than may be
-    /// held: nobody bounds those if the backup is silent and the arbiter too.
+    /// held: nobody bounds those if the backup is silent and the arbiter too. Nor is there anybody who takes what it records
+    /// while the last of its copy is on the way.
     fn stall(&mut self) {
-        let full = self.log_full || self.gate.held_bytes() as u64 > self.max_held_bytes;
+        let full = self.log_full
+            || self.gate.held_bytes() as u64 > self.max_held_bytes
+            || self.feedback.flushed_bytes().saturating_sub(self.taken_bytes) > self.max_held_bytes;
         if full != self.stalled {
             self.stalled = full;
             self.feedback.set_stalled(full);

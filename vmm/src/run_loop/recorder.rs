@@ -52,6 +52,15 @@ pub struct Flush {
     pub outputs: Vec<HeldOutput>,
 }
 
+impl Flush {
+    /// How much it holds.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        let outputs: usize = self.outputs.iter().map(|held| held.outgoing.size()).sum();
+        (self.bytes.len() + outputs) as u64
+    }
+}
+
 /// An output on its way to the gate.
 pub struct HeldOutput {
     /// Its number, the same on both sides.
@@ -66,9 +75,10 @@ pub struct HeldOutput {
     pub outgoing: Outgoing,
 }
 
-/// What the ft thread tells the vCPU thread.
+/// What the ft thread tells the vCPU thread, and how much it was given.
 #[derive(Debug, Default)]
 pub struct Feedback {
+    flushed_bytes: AtomicU64,
     released: AtomicU64,
     executed: AtomicU64,
     throttle_permille: AtomicU32,
@@ -93,6 +103,12 @@ impl Feedback {
         let permille = (fraction.clamp(0.0, 1.0) * 1000.0).round() as u32;
         let before = self.throttle_permille.swap(permille, Ordering::AcqRel);
         permille < before
+    }
+
+    /// The sizes of all flushes so far.
+    #[must_use]
+    pub fn flushed_bytes(&self) -> u64 {
+        self.flushed_bytes.load(Ordering::Acquire)
     }
 
     /// Stops the guest because the log buffers are full, or lets it go on; after the latter the vCPU
@@ -257,7 +273,9 @@ impl Recorder {
         let outputs = std::mem::take(&mut self.outputs);
         let digests = std::mem::take(&mut self.digests);
         let (end, point) = (self.encoder.position(), self.encoder.point());
-        self.send(FromVcpu::Flush(Flush { bytes, end, point, digests, outputs }));
+        let flush = Flush { bytes, end, point, digests, outputs };
+        self.feedback.flushed_bytes.fetch_add(flush.size_bytes(), Ordering::AcqRel);
+        self.send(FromVcpu::Flush(flush));
     }
 
     /// The last record has been written: the guest goes on elsewhere.

@@ -1,9 +1,9 @@
-//! What becomes of outputs when a pair ends.
+//! What becomes of outputs when a pair ends, and of a guest whose log nobody takes.
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 
-use ft::{DiskMode, DiskReads, FileArbiter, OutputNumber, PairId, Terms};
+use ft::{DiskMode, DiskReads, Entry, Event, FileArbiter, OutputNumber, PairId, Terms};
 use hypervisor::Kick;
 use virtio_devices::BlockRequest;
 use virtio_devices::net::Offloads;
@@ -136,4 +136,29 @@ fn every_output_leaves_when_the_peers_end_is_heard_while_they_come() {
     }
     let made = guest.join().unwrap();
     assert_eq!(*outlet.0.lock().unwrap(), (1..=made).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_guest_waits_while_nobody_takes_its_log_and_goes_on_when_somebody_does() {
+    let outlet = Arc::new(Left::default());
+    let (mut side, told, _peer) = side(&outlet);
+    let sender = side.flush_sender.take().unwrap();
+    let (waker, feedback) = (side.core.handle.waker(), Arc::clone(&side.feedback));
+    let mut recorder = Recorder::new(ExecutionPoint(0), sender, waker, feedback);
+    // The last of the copy is on its way; the guest records already, a packet at a time.
+    let frame = Event::Frames { device: 0, frames: vec![vec![0; 1500]] };
+    let mut made = 0;
+    while !recorder.stalled() {
+        assert!(made < 2 * side.max_held_bytes, "nothing bounds the log");
+        recorder.record(ExecutionPoint(0), &Entry::Event(frame.clone()));
+        recorder.flush();
+        made += 1500;
+        side.take();
+        side.perform();
+    }
+    assert!(2 * made > side.max_held_bytes && told.try_recv().is_err());
+    side.clone_sent = true;
+    side.take();
+    side.perform();
+    assert!(!recorder.stalled() && matches!(told.try_recv(), Ok(run_loop::Message::Wake)));
 }
