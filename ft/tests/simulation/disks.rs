@@ -60,6 +60,19 @@ impl Disks {
     }
 }
 
+/// What was read, or nothing, if a request was done.
+pub type Outcome = Result<Vec<u8>, Failed>;
+
+/// A request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed;
+
+/// What a completion in the log is to the backup.
+pub enum Settled {
+    Apply(Event),
+    Wait { failed: bool },
+}
+
 /// What a host has and knows of disks.
 #[derive(Default)]
 pub struct HostDisk {
@@ -67,10 +80,18 @@ pub struct HostDisk {
     pub image: Image,
     /// Backup: until when its way to its disks does nothing.
     pub hangs_until: u64,
+    /// Until when what is asked of its disks fails.
+    pub fails_until: u64,
+    /// How much of it.
+    pub fails_percent: u64,
+    /// Primary: blocks in which a failed write may have left something else than on the backup.
+    pub doubtful: BTreeSet<usize>,
+    /// Live: what was under way when it went live, and is tried until it is done.
+    inherited: BTreeMap<u64, Request>,
     /// Primary: blocks that the copy has yet to bring over, from its beginning to the freeze.
     uncopied: Option<BTreeSet<usize>>,
-    /// Backup: what it was given to do, and what it read once it is done.
-    pub issued: BTreeMap<u64, (Request, Option<Vec<u8>>)>,
+    /// Backup: what it was given to do, and how that ended once it has.
+    pub issued: BTreeMap<u64, (Request, Option<Outcome>)>,
     /// Primary: where in the log the newest read of each block is completed.
     pub unread: [LogPosition; CLIENTS],
     /// Primary: what the backup is known to have executed.
@@ -84,6 +105,12 @@ pub struct Tally {
     pub copied: u64,
     /// A backup waited for its own disk.
     pub awaited: u64,
+    /// A backup tried again what had failed on its own disk.
+    pub tried_again: u64,
+    /// A primary's guest was told of a failure.
+    pub told: u64,
+    /// Data that each side could have read for itself were shipped.
+    pub shipped: u64,
     /// A write waited for the backup's read.
     pub behind: u64,
     /// Images were compared.
@@ -117,6 +144,12 @@ impl World {
         self.issue_later(id, request, 0);
     }
 
+    /// As [`Self::issue`]; the guest never hears that it fails.
+    fn issue_patiently(&mut self, id: usize, request: Request) {
+        self.nodes[id].disk.inherited.insert(request.id, request);
+        self.issue(id, request);
+    }
+
     fn issue_later(&mut self, id: usize, request: Request, hang: u64) {
         let from = self.nodes[id].end();
         let takes = self.rng.range(10, 4_000) + self.late() + hang;
@@ -137,59 +170,104 @@ impl World {
         if !self.lives(from) {
             return;
         }
+        let disk = &self.nodes[from.node].disk;
+        let fails = self.t < disk.fails_until && self.rng.percent(disk.fails_percent);
+        let done = !fails || self.rng.percent(50);
         let block = &mut self.image(from.node)[request.block];
         let mut data = Vec::new();
         match request.op {
             Op::Read => data.extend_from_slice(&block.to_le_bytes()),
-            Op::Write(value) => *block = value,
+            Op::Write(value) if done => *block = value,
+            Op::Write(_) => {}
         }
+        let outcome = if fails { Err(Failed) } else { Ok(data) };
         if let (Op::Write(_), Some(uncopied)) =
             (request.op, &mut self.nodes[from.node].disk.uncopied)
         {
             uncopied.insert(request.block);
         }
         let late = self.late();
-        self.after(late, Happening::Completed { at: from, request: request.id, data });
+        self.after(late, Happening::Completed { at: from, request: request.id, outcome });
     }
 
-    /// A process hears that a request is done.
-    pub fn completed(&mut self, id: usize, request: u64, data: Vec<u8>) {
+    /// A process hears how a request has ended.
+    pub fn completed(&mut self, id: usize, request: u64, ended: Outcome) {
         let node = &mut self.nodes[id];
         match node.role {
             Role::Backup(_) => {
                 if let Some((_, outcome)) = node.disk.issued.get_mut(&request) {
-                    *outcome = Some(data);
+                    *outcome = Some(ended);
                 }
                 // A vCPU that waits for it is woken.
                 if node.next_record.is_some() {
                     self.replay(id);
                 }
             }
-            Role::Primary(_) | Role::Solo => node.inputs.push(completion(request, data)),
+            Role::Primary(_) | Role::Solo => {
+                match node.disk.inherited.remove(&request).filter(|_| ended.is_err()) {
+                    Some(again) => self.issue_patiently(id, again),
+                    None => node.inputs.push(completion(request, ended)),
+                }
+            }
             Role::Listening | Role::Idle => {}
         }
     }
 
-    /// A completion as the backup applies it, or nothing as long as its own disk is not so far.
-    pub fn settle(&mut self, id: usize, event: &Event) -> Option<Event> {
-        let Event::DiskCompletion { request, .. } = event else { return Some(event.clone()) };
+    /// A completion as the backup applies it, or that its own disk is not so far.
+    pub fn settle(&mut self, id: usize, event: &Event) -> Settled {
+        let as_logged = || Settled::Apply(event.clone());
+        let Event::DiskCompletion { request, status, data, .. } = event else { return as_logged() };
         let early = self.plant == Some(Plant::OwnDiskNotAwaited);
         let Some((issued, outcome)) = self.nodes[id].disk.issued.get(request).cloned() else {
-            return Some(event.clone());
+            return as_logged();
         };
-        let data = match outcome {
-            Some(data) => data,
+        let failed = *status != 0;
+        let told = failed || !data.is_empty();
+        // On a shared disk the primary's word does: nothing is left to be done here.
+        let known = told && self.disks == Disks::BackupReads;
+        let own = match outcome {
+            Some(Err(Failed)) if !failed && self.plant != Some(Plant::OwnFailureTaken) => {
+                self.tally.tried_again += 1;
+                self.follow(id, issued);
+                return Settled::Wait { failed: true };
+            }
+            Some(Ok(data)) => data,
+            Some(Err(Failed)) if issued.op == Op::Read => vec![0; 8],
+            Some(Err(Failed)) => Vec::new(),
+            None if known => Vec::new(),
             None if early && issued.op == Op::Read => {
                 self.image(id)[issued.block].to_le_bytes().to_vec()
             }
             None if early => Vec::new(),
             None => {
                 self.tally.awaited += 1;
-                return None;
+                return Settled::Wait { failed: false };
             }
         };
         self.nodes[id].disk.issued.remove(request);
-        Some(completion(*request, data))
+        if told { as_logged() } else { Settled::Apply(completion(*request, Ok(own))) }
+    }
+
+    /// A completion as the primary logs it: data that the backup has itself are left out.
+    pub fn logged(&mut self, id: usize, request: Request, outcome: &Outcome) -> Event {
+        let doubtful = &mut self.nodes[id].disk.doubtful;
+        let ship = match (self.disks, request.op, outcome) {
+            (_, Op::Write(_), Ok(_)) => {
+                doubtful.remove(&request.block);
+                false
+            }
+            (Disks::Mirrored, Op::Write(_), Err(Failed)) => {
+                doubtful.insert(request.block);
+                false
+            }
+            (Disks::Mirrored, Op::Read, Ok(_)) => doubtful.contains(&request.block),
+            _ => false,
+        };
+        self.tally.told += u64::from(outcome.is_err());
+        self.tally.shipped += u64::from(ship);
+        let ship = ship && self.plant != Some(Plant::DoubtIgnored);
+        let bare = outcome.is_ok() && !ship && self.disks.backup_does(request.op);
+        completion(request.id, if bare { Ok(Vec::new()) } else { outcome.clone() })
     }
 
     /// What the requests that are under way need when `id` goes live: what runs goes on, what is done is told, the rest
@@ -199,12 +277,15 @@ impl World {
         let mut writes = Vec::new();
         for request in outstanding {
             match issued.remove(&request.id) {
-                Some((_, Some(data))) => {
-                    self.nodes[id].inputs.push(completion(request.id, data));
+                Some((_, Some(Ok(data)))) => {
+                    self.nodes[id].inputs.push(completion(request.id, Ok(data)));
                 }
-                Some((_, None)) => {}
+                Some((_, None)) => {
+                    self.nodes[id].disk.inherited.insert(request.id, request);
+                }
+                Some((_, Some(Err(Failed)))) => self.issue_patiently(id, request),
                 None if self.disks.is_output(request.op) => writes.push(request),
-                None => self.issue(id, request),
+                None => self.issue_patiently(id, request),
             }
         }
         writes
@@ -247,6 +328,7 @@ impl World {
 
     /// The guest stands still: the primary sends what differs, and what was written since it was compared.
     pub fn send_disk(&mut self, id: usize) {
+        self.nodes[id].disk.doubtful.clear();
         for block in self.nodes[id].disk.uncopied.take().unwrap_or_default() {
             let bytes = self.nodes[id].disk.image[block].to_le_bytes().to_vec();
             let offset = (block * DISK_BLOCK_BYTES) as u64;
@@ -292,10 +374,13 @@ impl World {
         let Some(guest) = &backup.guest else { return };
         self.tally.compared += 1;
         let images = (&primary.disk.image, &backup.disk.image);
-        self.checkers.mirrors(self.t, images, &guest.outstanding);
+        let under_way = guest.outstanding.iter().map(|request| request.block);
+        let unlike = under_way.chain(primary.disk.doubtful.iter().copied()).collect();
+        self.checkers.mirrors(self.t, images, &unlike);
     }
 }
 
-pub fn completion(request: u64, data: Vec<u8>) -> Event {
-    Event::DiskCompletion { device: 0, request, status: 0, data }
+pub fn completion(request: u64, outcome: Outcome) -> Event {
+    let status = u8::from(outcome.is_err());
+    Event::DiskCompletion { device: 0, request, status, data: outcome.unwrap_or_default() }
 }

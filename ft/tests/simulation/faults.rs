@@ -37,6 +37,8 @@ pub enum Fault {
     SlowDisk { for_us: u64 },
     /// One host's way to its disks hangs while it holds a backup: what that asks of them is done afterwards.
     DiskHangs { node: usize, for_us: u64 },
+    /// Of what one host asks of its disks, but for writes to a shared one, so much fails, and may be done in spite of it.
+    DiskFails { node: usize, for_us: u64, percent: u64 },
     /// The backup's vCPU gets little time.
     SlowReplay { for_us: u64 },
     /// A clock jumps ahead.
@@ -80,7 +82,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         1 => rng.range(150_000, 500_000),
         _ => rng.range(500_000, 3_000_000),
     };
-    match rng.range(0, 35) {
+    match rng.range(0, 36) {
         0..3 => Fault::CrashProcess { node },
         3 => Fault::CrashHost { node },
         4..9 => Fault::Freeze { node, for_us },
@@ -105,6 +107,7 @@ fn one(rng: &mut Rng, nodes: usize) -> Fault {
         31 => Fault::SlowReplay { for_us },
         32 => Fault::HandOver,
         33 => Fault::DiskHangs { node, for_us },
+        34 => Fault::DiskFails { node, for_us, percent: rng.pick(&[70, 100]) },
         _ => Fault::Disable,
     }
 }

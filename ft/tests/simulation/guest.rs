@@ -1,7 +1,7 @@
 //! A guest: a deterministic machine with the service of the end-to-end tests. A request of a client is
 //! written to the client's place on the disk; when the write has completed, the client is answered with
 //! its running total. So every answer depends on a write, an input (its completion) and a state. Now and
-//! then the guest reads the disk, and everything that follows depends on what it read.
+//! then the guest reads the disk, and everything that follows depends on what it read. What has failed it asks for again.
 
 use ft::{Digest, Event, ExecutionPoint, OutputNumber, PageHasher, PageHashes};
 use serde::{Deserialize, Serialize};
@@ -136,22 +136,28 @@ impl Guest {
                     self.serve(client, request);
                 }
             }
-            Event::DiskCompletion { request, data, .. } => {
+            Event::DiskCompletion { request, status, data, .. } => {
                 self.mix(*request);
+                if *status != 0 {
+                    self.mix(u64::from(*status));
+                }
                 data.iter().for_each(|byte| self.mix(u64::from(*byte)));
-                self.complete(*request);
+                self.complete(*request, *status == 0);
             }
             Event::Anchor { tsc, rate } => self.mix(tsc ^ rate),
             _ => {}
         }
     }
 
-    fn complete(&mut self, id: u64) {
+    fn complete(&mut self, id: u64, done: bool) {
         let Some(index) = self.outstanding.iter().position(|request| request.id == id) else {
             return;
         };
         let request = self.outstanding.remove(index);
-        if let Op::Write(value) = request.op {
+        if !done {
+            let id = self.number();
+            self.later(Output::Disk(Request { id, ..request }));
+        } else if let Op::Write(value) = request.op {
             let client = request.block;
             self.done[client] = self.done[client].max(value);
             self.answer(client, value);

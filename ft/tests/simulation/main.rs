@@ -198,7 +198,7 @@ fn finds_outputs_reported_before_they_are_sent() {
 
 #[test]
 fn finds_disk_requests_not_issued_again() {
-    finds(Plant::NothingReissued, &["progress"]);
+    finds(Plant::NothingReissued, &["progress", "outputs_kept"]);
 }
 
 #[test]
@@ -229,6 +229,17 @@ fn finds_a_write_that_does_not_wait_for_the_backups_read() {
 #[test]
 fn finds_a_backup_that_does_not_wait_for_its_own_disk() {
     finds(Plant::OwnDiskNotAwaited, &["mirrors", "same_reads"]);
+}
+
+#[test]
+fn finds_a_backup_that_takes_what_failed_for_done() {
+    finds(Plant::OwnFailureTaken, &["mirrors", "same_reads"]);
+}
+
+#[test]
+fn finds_doubtful_blocks_that_each_side_reads_for_itself() {
+    let seeds = (0..9_000).filter(|seed| Disks::of_seed(*seed) == Disks::Mirrored);
+    finds_among(seeds, Plant::DoubtIgnored, &["same_reads"]);
 }
 
 #[test]

@@ -56,6 +56,11 @@ impl World {
                 self.arbiter.elsewhere_until.insert(node, t + for_us);
             }
             Fault::SlowDisk { for_us } => self.disk_slow_until = t + for_us,
+            Fault::DiskFails { node, for_us, percent } => {
+                let disk = &mut self.nodes[node].disk;
+                disk.fails_until = disk.fails_until.max(self.t + for_us);
+                disk.fails_percent = percent;
+            }
             Fault::DiskHangs { node, for_us } => {
                 let disk = &mut self.nodes[node].disk;
                 disk.hangs_until = disk.hangs_until.max(t + for_us);

@@ -202,6 +202,8 @@ impl Node {
         self.backlog = old.backlog;
         self.disk.image = old.disk.image;
         self.disk.hangs_until = old.disk.hangs_until;
+        self.disk.fails_until = old.disk.fails_until;
+        self.disk.fails_percent = old.disk.fails_percent;
     }
 
     pub fn end(&self) -> End {

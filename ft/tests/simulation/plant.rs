@@ -42,6 +42,10 @@ pub enum Plant {
     ReadNotAwaited,
     /// The backup applies a completion when the log says so, whatever its own disk says.
     OwnDiskNotAwaited,
+    /// The backup takes what failed on its own disk for done.
+    OwnFailureTaken,
+    /// What a failed write left is not shipped.
+    DoubtIgnored,
     /// A host that was in the pair before is taken to have the disk that it had.
     StaleDiskTrusted,
 }

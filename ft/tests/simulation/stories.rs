@@ -337,6 +337,42 @@ fn a_backup_whose_disk_hangs_is_given_up_and_made_again() {
 }
 
 #[test]
+fn a_backup_whose_disk_fails_is_given_up_and_made_again() {
+    for disks in [Disks::Mirrored, Disks::BackupReads] {
+        for seed in 1..=8 {
+            let faults = [
+                (AT, Fault::DiskFails { node: 1, for_us: 5_000_000, percent: 100 }),
+                (AT + 5_900_000, Fault::CrashLive),
+            ];
+            let outcome = World::story_on(seed, disks, &faults);
+            let told = outcome.trace.join("\n");
+            assert!(outcome.violation.is_none(), "seed {seed}: {:?}\n{told}", outcome.violation);
+            assert!(outcome.tally.tried_again > 0 && !outcome.lost, "seed {seed}:\n{told}");
+            assert!(said(&outcome, "has failed a request again and again"), "seed {seed}:\n{told}");
+            assert!(said(&outcome, "host0 goes alone"), "seed {seed}:\n{told}");
+        }
+    }
+}
+
+#[test]
+fn what_fails_on_the_primary_fails_on_both_sides_and_is_shipped_while_in_doubt() {
+    let (mut told, mut shipped) = (0, 0);
+    for seed in 1..=8 {
+        let faults = [
+            (AT, Fault::DiskFails { node: 0, for_us: 2_000_000, percent: 70 }),
+            (AT + 1_000_000, Fault::CrashLive),
+        ];
+        let outcome = World::story_on(seed, Disks::Mirrored, &faults);
+        let story = outcome.trace.join("\n");
+        assert!(outcome.violation.is_none(), "seed {seed}: {:?}\n{story}", outcome.violation);
+        assert!(outcome.failovers == 1 && !outcome.lost, "seed {seed}:\n{story}");
+        told += outcome.tally.told;
+        shipped += outcome.tally.shipped;
+    }
+    assert!(told > 0 && shipped > 0, "{told} told, {shipped} shipped");
+}
+
+#[test]
 fn a_side_that_takes_over_waits_for_its_disk_however_long_that_takes() {
     for seed in 1..=8 {
         let faults = [

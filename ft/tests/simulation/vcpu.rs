@@ -2,7 +2,7 @@
 
 use ft::{Control, Entry, Event, LogPosition, Record, backup, primary};
 
-use crate::disks::{Disks, completion};
+use crate::disks::{Disks, Failed, Settled};
 use crate::guest::{Effect, Op, Output};
 use crate::network::End;
 use crate::node::{Role, Tagged};
@@ -59,7 +59,6 @@ impl World {
 
     fn record(&mut self, id: usize) {
         let now = self.nodes[id].clock.now(self.t);
-        let disks = self.disks;
         let node = &mut self.nodes[id];
         let hand_over = std::mem::take(&mut node.log_hand_over);
         if node.paused || ((node.stalled || node.throttle >= 1.0) && !hand_over) {
@@ -84,32 +83,34 @@ impl World {
         let mut events: Vec<Event> = node.inputs.drain(..).collect();
         events.push(Event::Anchor { tsc: now.as_nanos() as u64, rate: 3 << 32 });
         for event in events {
+            let Some(guest) = &mut self.nodes[id].guest else { return };
             let completed = match &event {
-                Event::DiskCompletion { request, data, .. } => {
-                    guest.request_under_way(*request).map(|found| (found, data.clone()))
+                Event::DiskCompletion { request, status, data, .. } => {
+                    let outcome = if *status == 0 { Ok(data.clone()) } else { Err(Failed) };
+                    guest.request_under_way(*request).map(|found| (found, outcome))
                 }
                 _ => None,
             };
             guest.apply(&event);
-            let by_itself =
-                completed.as_ref().is_some_and(|(found, _)| disks.backup_does(found.op));
-            let logged = match event {
-                Event::DiskCompletion { request, .. } if by_itself => {
-                    completion(request, Vec::new())
-                }
-                event => event,
+            let at = guest.at();
+            let logged = match &completed {
+                Some((request, outcome)) => self.logged(id, *request, outcome),
+                None => event,
             };
-            let end = node.encoder.append(guest.at(), &Entry::Event(logged), &mut bytes);
+            let node = &mut self.nodes[id];
+            let end = node.encoder.append(at, &Entry::Event(logged), &mut bytes);
             let end = end.expect("a record");
-            if let Some((request, data)) = completed
+            if let Some((request, Ok(data))) = completed
                 && request.op == Op::Read
             {
                 self.checkers.primary_read(node.generation, end.0, data);
-                if disks == Disks::BackupReads {
+                if self.disks == Disks::BackupReads {
                     node.disk.unread[request.block] = end;
                 }
             }
         }
+        let node = &mut self.nodes[id];
+        let Some(guest) = &mut node.guest else { return };
         let instructions = (INSTRUCTIONS as f64 * (1.0 - node.throttle)) as u64;
         guest.run_to(guest.point + instructions, &mut effects);
         let mut requests = Vec::new();
@@ -172,7 +173,7 @@ impl World {
         let Some(guest) = node.guest.as_ref().filter(|_| node.loaded) else { return };
         let start = guest.point;
         let before = node.executed;
-        let (mut unequal, mut awaits, mut all) = (None, false, false);
+        let (mut unequal, mut awaits, mut all) = (None, None, false);
         // A backup may be a little faster than its primary, or it would never catch up.
         while self.nodes[id]
             .guest
@@ -189,15 +190,15 @@ impl World {
             };
             self.run_behind(id, record.point.0);
             let entry = match record.entry {
-                Entry::Event(event) => {
-                    let Some(settled) = self.settle(id, &event) else {
+                Entry::Event(event) => match self.settle(id, &event) {
+                    Settled::Apply(settled) => Entry::Event(settled),
+                    Settled::Wait { failed } => {
                         let record = Record { point: record.point, entry: Entry::Event(event) };
                         self.nodes[id].next_record = Some((record, end));
-                        awaits = true;
+                        awaits = Some(failed);
                         break;
-                    };
-                    Entry::Event(settled)
-                }
+                    }
+                },
                 entry => entry,
             };
             let followed = self.is_followed(id);
@@ -254,8 +255,8 @@ impl World {
         } else if position.0 > before && self.plant != Some(Plant::LiveWithoutDraining) {
             self.step_backup(id, backup::Input::Executed { point, position, digests_compared });
         }
-        if awaits {
-            self.step_backup(id, backup::Input::AwaitsDisk { device: 0, failed: false });
+        if let Some(failed) = awaits {
+            self.step_backup(id, backup::Input::AwaitsDisk { device: 0, failed });
         }
         if all && self.nodes[id].make_stable && self.plant != Some(Plant::LiveWithoutDraining) {
             let input = match self.disks == Disks::Mirrored && self.hang(id) > 0 {

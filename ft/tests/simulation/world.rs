@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use crate::arbiter::ArbiterModel;
 use crate::checkers::{Checkers, Violation};
-use crate::disks::{Disks, Image, Tally};
+use crate::disks::{self, Disks, Image, Tally};
 use crate::faults::{Fault, plan};
 use crate::guest::{CLIENTS, Guest, Op, Output, Request};
 use crate::network::{End, Network, Packet};
@@ -76,7 +76,7 @@ pub enum Happening {
     Completed {
         at: End,
         request: u64,
-        data: Vec<u8>,
+        outcome: disks::Outcome,
     },
     /// A host's disk does what is no output.
     Worked {
@@ -393,7 +393,9 @@ impl World {
                 self.arbiter_answers(to.node, generation, answer);
             }
             Happening::ClaimActs { who, generation } => self.claim_acts(&who, generation),
-            Happening::Completed { at, request, data } => self.completed(at.node, request, data),
+            Happening::Completed { at, request, outcome } => {
+                self.completed(at.node, request, outcome);
+            }
             Happening::Worked { from, request } => self.worked(from, request),
             Happening::Thaw { node } => self.thaw(node),
             Happening::Heal => self.heal(),
@@ -433,8 +435,8 @@ impl World {
                 } else {
                     0
                 };
-                let data = Vec::new();
-                self.after(late, Happening::Completed { at: from, request: id, data });
+                let outcome = Ok(Vec::new());
+                self.after(late, Happening::Completed { at: from, request: id, outcome });
             }
             Output::Answer { client, request, total } => {
                 let awaited = self.waiting[client];

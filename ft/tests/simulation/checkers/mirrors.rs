@@ -1,13 +1,14 @@
-//! Mirrored disks hold the same wherever no request is under way, and the survivor's holds all that clients were told.
+//! Mirrored disks hold the same wherever no request is under way and no write has failed since one succeeded, and the survivor's holds all that clients were told.
+
+use std::collections::BTreeSet;
 
 use super::Verdict;
 use crate::disks::Image;
-use crate::guest::Request;
 
-/// The backup has executed all that is recorded; `under_way` are the requests that its guest has not seen completed.
-pub fn equal(t: u64, (primary, backup): (&Image, &Image), under_way: &[Request]) -> Verdict {
+/// The backup has executed all that is recorded; the blocks `unlike` may differ.
+pub fn equal(t: u64, (primary, backup): (&Image, &Image), unlike: &BTreeSet<usize>) -> Verdict {
     for (block, (theirs, ours)) in primary.iter().zip(backup).enumerate() {
-        if theirs != ours && !under_way.iter().any(|request| request.block == block) {
+        if theirs != ours && !unlike.contains(&block) {
             return Err(format!(
                 "at {t} us block {block} of the primary's disk has {theirs}, of the backup's {ours}"
             ));

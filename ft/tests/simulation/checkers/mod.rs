@@ -13,10 +13,10 @@ mod outputs_kept;
 mod progress;
 mod same_reads;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::disks::Image;
-use crate::guest::{Guest, Request};
+use crate::guest::Guest;
 use crate::network::End;
 use crate::node::{Node, Tagged};
 
@@ -169,8 +169,8 @@ impl Checkers {
     }
 
     /// The backup has executed all that its primary has recorded.
-    pub fn mirrors(&mut self, t: u64, images: (&Image, &Image), under_way: &[Request]) {
-        let verdict = mirrors::equal(t, images, under_way);
+    pub fn mirrors(&mut self, t: u64, images: (&Image, &Image), unlike: &BTreeSet<usize>) {
+        let verdict = mirrors::equal(t, images, unlike);
         self.judge("mirrors", verdict);
     }
 
