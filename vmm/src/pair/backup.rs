@@ -91,7 +91,7 @@ struct At {
     point: ExecutionPoint,
     /// The disk that it waits for there, and whether a request failed on it.
     awaits: Option<(u8, bool)>,
-    /// What was flushed before it is stable, as far as that was asked for.
+    /// What was flushed before it is stable: news that the ft thread has yet to take.
     stable: Option<LogPosition>,
 }
 
@@ -226,7 +226,10 @@ impl Side for BackupSide {
     }
 
     fn take(&mut self) {
-        let At { position, point, awaits, stable } = *self.progress.at();
+        let (At { position, point, awaits, .. }, stable) = {
+            let mut at = self.progress.at();
+            (*at, at.stable.take())
+        };
         if position > LogPosition(0) && !self.core.machine.ended() {
             self.catch_up();
             let digests_compared = self.progress.digests.load(Ordering::Relaxed);
