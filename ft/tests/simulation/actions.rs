@@ -142,6 +142,9 @@ impl World {
                 }
                 backup::Action::Discard { reason } => {
                     self.note(|| format!("host{id} discards: {reason}"));
+                    if self.nodes[id].tainted {
+                        self.checkers.differed(self.nodes[id].who());
+                    }
                     self.checkers.ended(end);
                     self.listen_again(id);
                 }

@@ -81,6 +81,11 @@ impl Checkers {
         self.progress.ended(end);
     }
 
+    /// What it has discarded was different from its primary's.
+    pub fn differed(&mut self, who: String) {
+        self.progress.differed(who);
+    }
+
     pub fn crashed(&mut self, end: End, who: String) {
         self.progress.crashed(end, who);
     }

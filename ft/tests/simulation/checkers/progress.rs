@@ -1,5 +1,6 @@
 //! When the faults have stopped, the VM serves its clients again, unless everything that had a right to
-//! it was destroyed: the winner of the claim, or, where nobody claimed, both sides.
+//! it was destroyed: the winner of the claim, or, where nobody claimed, both sides. A winner that has found its guest to be
+//! different has no right to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +16,8 @@ pub struct Progress {
     crashed: BTreeSet<(usize, u32)>,
     /// The same by the names that processes claim with.
     crashed_claimants: BTreeSet<String>,
+    /// Whoever discarded a guest that differed.
+    differing_claimants: BTreeSet<String>,
 }
 
 fn key(end: End) -> (usize, u32) {
@@ -32,6 +35,10 @@ impl Progress {
 
     pub fn ended(&mut self, end: End) {
         self.ended.insert(key(end));
+    }
+
+    pub fn differed(&mut self, who: String) {
+        self.differing_claimants.insert(who);
     }
 
     pub fn crashed(&mut self, end: End, who: String) {
@@ -55,6 +62,9 @@ impl Progress {
             .map(|node| format!("{} {} ({})", node.who(), node.state_name(), node.up))
             .collect();
         let destroyed = match claims.get(&generation) {
+            Some(winner) if self.differing_claimants.contains(winner) => {
+                self.crashed.contains(&key(live))
+            }
             Some(winner) => self.crashed_claimants.contains(winner),
             None => {
                 let backup_gone = match self.armed {
