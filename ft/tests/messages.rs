@@ -453,24 +453,42 @@ fn a_forced_take_over_costs_nothing_until_the_claim_is_won() {
         step(heartbeat(received), &mut actions);
         assert!(echoes(&actions, received), "the primary has its lease");
     }
-    // And no longer.
+    // And no longer; but it is asked again only by a side that could go on.
     let tells = |actions: &[backup::Action]| {
         actions.contains(&backup::Action::Send(Message::TakenOver { generation }))
     };
+    let executes = |position: u64| {
+        let (point, position) = (ExecutionPoint(12), LogPosition(position));
+        [
+            backup::Input::Executed { point, position, digests_compared: 0 },
+            backup::Input::Stable { position },
+        ]
+    };
+    let claims = |actions: &[backup::Action]| {
+        actions.iter().any(|action| matches!(action, backup::Action::Claim { .. }))
+    };
     for _ in 0..100 {
         step(heartbeat(received), &mut actions);
+        assert!(!claims(&actions), "it is not known whether its disks are well");
     }
+    let [executed, stable] = executes(received);
+    step(executed, &mut actions);
+    step(stable, &mut actions);
+    assert!(claims(&actions));
+    step(log(received), &mut actions);
+    received += 3;
     let answer = Ok(ft::Claim::Won);
     step(backup::Input::ArbiterAnswered { generation, answer }, &mut actions);
-    assert!(actions.contains(&backup::Action::MakeStable) && !tells(&actions));
+    let through = LogPosition(received);
+    assert!(actions.contains(&backup::Action::MakeStable { through }) && !tells(&actions));
     step(log(received), &mut actions);
     assert!(!acknowledges(&actions, received + 3));
     step(heartbeat(received + 1), &mut actions);
     assert!(!echoes(&actions, received + 1));
-    let (point, position) = (ExecutionPoint(12), LogPosition(received));
-    step(backup::Input::Executed { point, position, digests_compared: 0 }, &mut actions);
+    let [executed, stable] = executes(received);
+    step(executed, &mut actions);
     assert!(!tells(&actions), "not all is stable");
-    step(backup::Input::Stable { position }, &mut actions);
+    step(stable, &mut actions);
     assert!(tells(&actions));
     step(backup::Input::Message(Message::Yielded), &mut actions);
     let live = |action: &backup::Action| matches!(action, backup::Action::GoLive { .. });

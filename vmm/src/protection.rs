@@ -139,8 +139,8 @@ struct Plan {
     number: u64,
     /// The latest attempt that got as far as a connection.
     primary: Option<Arc<PrimaryThread>>,
-    /// Somebody wants the wish withdrawn, and it is not decided yet whether that can be: nobody is asked meanwhile.
-    ending: bool,
+    /// So many want the wish withdrawn, and it is not decided yet whether that can be: nobody is asked meanwhile.
+    ending: usize,
     /// The thread runs.
     running: bool,
     closed: bool,
@@ -192,11 +192,11 @@ impl Plan {
 
     /// When a standby is to be asked.
     fn due(&self) -> Option<Duration> {
-        self.wish.as_ref().filter(|_| !self.ending)?.search.due()
+        self.wish.as_ref().filter(|_| self.ending == 0)?.search.due()
     }
 
     fn attempt(&mut self, now: Duration) -> Option<Attempt> {
-        if self.ending {
+        if self.ending > 0 {
             return None;
         }
         let wish = self.wish.as_mut()?;
@@ -302,11 +302,11 @@ impl Protection {
         let Some(primary) = primary else {
             return plan.withdraw().then_some(()).ok_or("the VM is not protected".into());
         };
-        plan.ending = true;
+        plan.ending += 1;
         drop(plan);
         let disabling = primary.command(Input::Disable { reason: reason.to_owned() });
         let mut plan = self.0.lock();
-        plan.ending = false;
+        plan.ending -= 1;
         match disabling {
             // What it ended by itself in just this moment is ended, too.
             Err(_) if primary.ended() && plan.withdraw() => return Ok(()),
@@ -426,6 +426,9 @@ impl Inner {
         let mut plan = self.lock();
         if plan.number != attempt.number {
             return Ok(());
+        }
+        if plan.ending > 0 {
+            return Err("protection is about to be ended".into());
         }
         let (pair, generation) = self.membership()?;
         let terms = request.terms(pair, generation, &attempt.standby);

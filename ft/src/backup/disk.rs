@@ -23,10 +23,19 @@ pub(super) struct DiskWait {
     since: Duration,
 }
 
+impl DiskWait {
+    fn begin(wait: &mut Option<Self>, now: Duration, device: u8, failed: bool) {
+        wait.get_or_insert(Self { device, failed, since: now }).failed |= failed;
+    }
+}
+
 impl Backup {
     pub(super) fn awaits_disk(&mut self, now: Duration, device: u8, failed: bool) {
-        let wait = self.disk_wait.get_or_insert(DiskWait { device, failed, since: now });
-        wait.failed |= failed;
+        DiskWait::begin(&mut self.disk_wait, now, device, failed);
+    }
+
+    pub(super) fn awaits_stable(&mut self, now: Duration, device: u8, failed: bool) {
+        DiskWait::begin(&mut self.stable_wait, now, device, failed);
     }
 
     /// To be called when the primary has been heard: one that is silent may be dead, and this copy all there is.
@@ -39,7 +48,7 @@ impl Backup {
             let waited = now.saturating_sub(since);
             (waited >= bound).then_some(waited.as_millis())
         };
-        let request = self.disk_wait.as_ref().and_then(|wait| {
+        let request = [&self.disk_wait, &self.stable_wait].into_iter().flatten().find_map(|wait| {
             let what = match wait.failed {
                 true => "has failed a request again and again",
                 false => "has not answered",
@@ -232,12 +241,15 @@ mod tests {
         for asks in [false, true] {
             let mut backup = Replaying::new();
             backup.step(5, Input::TakeOver);
+            backup.executes(6, 1);
             if asks {
                 backup.executes(6, 10);
                 backup.step(6, Input::Stable { position: LogPosition(10) });
             }
-            for ms in (10..TIMEOUT_MS + 10).step_by(10) {
-                backup.awaits(ms, true);
+            for (ms, position) in (10..TIMEOUT_MS + 10).step_by(200).zip(2..) {
+                // A guest that goes on is no sign of a disk that does.
+                backup.executes(ms, if asks { 10 } else { position });
+                backup.step(ms, Input::AwaitsStable { device: 3, failed: true });
                 backup.hears(ms);
                 assert!(backup.gave_up().is_none() && !backup.machine.ended());
             }

@@ -54,19 +54,25 @@ pub enum Input {
         /// Digests compared so far, all equal.
         digests_compared: u64,
     },
-    /// The answer to [`Action::MakeStable`]: on this side's disks all is stable that the guest flushed before a position
+    /// The answer to [`Action::MakeStable`]: on this side's disks all is stable that the guest flushed before this position
     /// of the log, which has been executed.
     Stable {
         /// The position.
         position: LogPosition,
     },
     /// The vCPU stands where the last [`Input::Executed`] said, until a disk of this side has done what the primary's
-    /// has, or what [`Action::MakeStable`] wants. May be repeated, and is over with the next that goes further, or with
-    /// [`Input::Stable`].
+    /// has. May be repeated, and is over with the next that goes further.
     AwaitsDisk {
         /// The disk's slot.
         device: u8,
         /// A request failed there, and is tried again.
+        failed: bool,
+    },
+    /// What [`Action::MakeStable`] wants is under way. May be repeated, and is over with [`Input::Stable`].
+    AwaitsStable {
+        /// The slot of a disk that it waits for.
+        device: u8,
+        /// A flush failed there, and is tried again.
         failed: bool,
     },
     /// The vCPU found a digest that differs; it has stopped.
@@ -171,9 +177,12 @@ pub enum Action {
     },
     /// The VM is protected by this side from here on.
     Protected,
-    /// When all the log handed out so far is executed: have all that the guest has flushed made stable on the disks that this
-    /// side writes itself, and give [`Input::Stable`].
-    MakeStable,
+    /// Once the log is executed up to here: have all that the guest has flushed by then made stable on the disks that this side
+    /// writes itself, and give [`Input::Stable`]. What was wanted so before is not wanted any more.
+    MakeStable {
+        /// The position.
+        through: LogPosition,
+    },
     /// Ask the arbiter, on another thread, and give [`Input::ArbiterAnswered`].
     Claim {
         /// The pair.

@@ -83,6 +83,7 @@ pub struct Backup {
     next_report: Duration,
     digests_compared: u64,
     disk_wait: Option<DiskWait>,
+    stable_wait: Option<DiskWait>,
     /// When all that was copied had come.
     loading_since: Option<Duration>,
     last_unequal: Option<Unequal>,
@@ -116,6 +117,7 @@ impl Backup {
             next_report: now,
             digests_compared: 0,
             disk_wait: None,
+            stable_wait: None,
             loading_since: None,
             last_unequal: None,
             last_failover: None,
@@ -186,9 +188,10 @@ impl Backup {
                     return Err(self.illegal("Stable beyond what was executed"));
                 }
                 self.stable = self.stable.max(Some(position));
-                self.disk_wait = None;
+                self.stable_wait = None;
             }
             Input::AwaitsDisk { device, failed } => self.awaits_disk(now, device, failed),
+            Input::AwaitsStable { device, failed } => self.awaits_stable(now, device, failed),
             Input::Unequal { point, unequal, pages } => {
                 let reason = format!("the backup's {} differs", clip(&unequal.component));
                 self.last_unequal = Some(unequal.clone());
@@ -214,7 +217,7 @@ impl Backup {
                 // Already at it: what the operator adds is that being heard again ends nothing. It would not, either,
                 // once the arbiter has been asked.
                 State::TakingOver(take) => {
-                    if take.cause == Cause::Silent && matches!(take.asked, Asked::No) {
+                    if take.cause == Cause::Silent && !take.in_doubt {
                         take.cause = Cause::Forced;
                     }
                 }
@@ -248,6 +251,11 @@ impl Backup {
     /// Whether this side would take over if the primary failed.
     pub fn protecting(&self) -> bool {
         matches!(self.state, State::Replaying)
+    }
+
+    /// Whether this side is on its way to be live.
+    pub fn takes_over(&self) -> bool {
+        matches!(self.state, State::TakingOver(_))
     }
 
     /// Whether the machine is at its end: live or discarded.
@@ -290,8 +298,9 @@ impl Backup {
             Ok(Claim::Won) => {
                 take.asked = Asked::Won;
                 take.failover.claimed_us = Some(micros(now.saturating_sub(take.zero)));
+                take.unreachable = None;
                 if self.stable < Some(self.received) {
-                    actions.push(Action::MakeStable);
+                    actions.push(Action::MakeStable { through: self.received });
                 }
                 actions.push(Action::Changed { state: self.state.name(), reason: None });
             }
@@ -304,6 +313,11 @@ impl Backup {
                 let first = take.unreachable.is_none();
                 take.unreachable = Some(reason.clone());
                 take.asked = Asked::RetryAt(retry);
+                if take.from < self.received {
+                    // What was drained to ask may be long ago.
+                    take.from = self.received;
+                    actions.push(Action::MakeStable { through: self.received });
+                }
                 if first {
                     actions
                         .push(Action::Changed { state: self.state.name(), reason: Some(reason) });
@@ -314,7 +328,7 @@ impl Backup {
 
     /// Silence ended before anything was asked of the arbiter: as if nothing had been.
     fn heard_again(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if let State::TakingOver(TakeOver { cause: Cause::Silent, asked: Asked::No, .. }) =
+        if let State::TakingOver(TakeOver { cause: Cause::Silent, in_doubt: false, .. }) =
             self.state
         {
             self.detector.heard(now);
@@ -373,15 +387,15 @@ impl Backup {
         if fenced && take.failover.lease_over_us.is_none() {
             take.failover.lease_over_us = Some(since);
         }
-        let ask = match take.asked {
-            // A copy that turns out different while it drains, or whose disk fails, must not have taken the VM
-            // from a primary that lives. And the primary is to win where both could go on.
-            Asked::No => stable >= Some(take.from) && (fenced || take.cause == Cause::Forced),
-            Asked::RetryAt(at) => now >= at,
-            Asked::Waiting | Asked::Won => false,
-        };
-        if ask {
+        if matches!(take.asked, Asked::RetryAt(at) if now >= at) {
+            take.asked = Asked::No;
+        }
+        // A copy that turns out different while it drains, or whose disk fails, must not have taken the VM from a
+        // primary that lives. And the primary is to win where both could go on.
+        let may_ask = stable >= Some(take.from) && (fenced || take.cause == Cause::Forced);
+        if may_ask && matches!(take.asked, Asked::No) {
             take.asked = Asked::Waiting;
+            take.in_doubt = true;
             take.failover.asked_us.get_or_insert(since);
             actions.push(Action::Claim {
                 pair: terms.pair.clone(),
@@ -478,6 +492,7 @@ impl Backup {
             cause,
             from: self.received,
             asked: Asked::No,
+            in_doubt: false,
             unreachable: None,
             told: false,
             yielded: cause == Cause::HandOver,
@@ -486,7 +501,7 @@ impl Backup {
             failover,
         };
         self.change(State::TakingOver(take), Some(reason), actions);
-        actions.push(Action::MakeStable);
+        actions.push(Action::MakeStable { through: self.received });
     }
 
     fn refuse(&mut self, reason: String, actions: &mut Vec<Action>) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::state::{Asked, Cause, State};
+use super::state::{Cause, State};
 use super::{Action, Backup, MAX_LOG_BUFFER_BYTES};
 use crate::codec::MAX_RECORD_BYTES;
 use crate::message::{
@@ -98,8 +98,8 @@ impl Backup {
             }
             // The arbiter may have answered already. To give up now could leave nobody: the primary
             // may be about to learn that it has lost.
-            Message::Disable { .. } if matches!(state, State::TakingOver(take) if !matches!(take.asked, Asked::No)) =>
-                {}
+            Message::Disable { .. } if matches!(state, State::TakingOver(take) if take.in_doubt) => {
+            }
             Message::Disable { reason } => {
                 let reason = clip(&reason);
                 actions.push(Action::Send(Message::Discarded { reason: reason.clone() }));

@@ -45,9 +45,11 @@ pub(super) enum Asked {
 #[derive(Clone, Debug)]
 pub(super) struct TakeOver {
     pub cause: Cause,
-    /// The end of the log when it began.
+    /// The end of the log when it began, or when the arbiter was out of reach last.
     pub from: LogPosition,
     pub asked: Asked,
+    /// The arbiter has been asked, and may have answered even if the answer has not come: this side may have won.
+    pub in_doubt: bool,
     /// Why the arbiter's last answer did not come.
     pub unreachable: Option<String>,
     /// The primary has been told that the claim is won.
@@ -69,10 +71,10 @@ impl TakeOver {
         self.cause == Cause::Forced && !matches!(self.asked, Asked::Won)
     }
 
-    /// Whether the VM is still left to a primary that may be well if this side gives up. The arbiter may have answered
-    /// already, once it has been asked: then the primary may be about to learn that it has lost.
+    /// Whether the VM is still left to a primary that may be well if this side gives up. Once the arbiter has been asked,
+    /// the primary may be about to learn that it has lost.
     fn can_be_left(&self) -> bool {
-        self.cause == Cause::Forced && matches!(self.asked, Asked::No)
+        self.cause == Cause::Forced && !self.in_doubt
     }
 }
 
@@ -87,9 +89,9 @@ impl State {
             State::Settling => "waiting to be armed",
             State::Replaying => "replaying",
             State::TakingOver(take) => match take.asked {
-                Asked::No => "draining",
+                Asked::No if take.unreachable.is_none() => "draining",
                 Asked::Waiting if take.unreachable.is_none() => "claiming",
-                Asked::Waiting | Asked::RetryAt(_) => "waiting for arbiter",
+                Asked::No | Asked::Waiting | Asked::RetryAt(_) => "waiting for arbiter",
                 Asked::Won => "claimed",
             },
             State::Live { .. } => "live",

@@ -124,13 +124,10 @@ impl World {
                         );
                     }
                 }
-                backup::Action::MakeStable => {
-                    self.nodes[id].make_stable = true;
-                    if self.plant == Some(Plant::LiveWithoutDraining)
-                        && let Role::Backup(machine) = &self.nodes[id].role
-                    {
-                        let position = machine.received();
-                        self.step_backup(id, backup::Input::Stable { position });
+                backup::Action::MakeStable { through } => {
+                    self.nodes[id].make_stable = Some(through);
+                    if self.plant == Some(Plant::LiveWithoutDraining) {
+                        self.step_backup(id, backup::Input::Stable { position: through });
                     }
                 }
                 backup::Action::Protected => self.checkers.armed(end, self.nodes[id].generation),
@@ -143,7 +140,8 @@ impl World {
                 backup::Action::Discard { reason } => {
                     self.note(|| format!("host{id} discards: {reason}"));
                     if self.nodes[id].tainted {
-                        self.checkers.differed(self.nodes[id].who());
+                        let node = &self.nodes[id];
+                        self.checkers.differed(node.generation, node.who());
                     }
                     self.checkers.ended(end);
                     self.listen_again(id);

@@ -109,8 +109,8 @@ pub struct Node {
     pub executed: u64,
     pub disk: HostDisk,
     pub loaded: bool,
-    /// Backup: somebody wants to know when all is executed and stable.
-    pub make_stable: bool,
+    /// Backup: somebody wants to know when all before it is executed and stable.
+    pub make_stable: Option<ft::LogPosition>,
     /// The vCPU writes the log; before the clone is sent it runs as if alone.
     pub recording: bool,
     pub digests: u64,
@@ -162,7 +162,7 @@ impl Node {
             executed: 0,
             disk: HostDisk::default(),
             loaded: false,
-            make_stable: false,
+            make_stable: None,
             recording: false,
             digests: 0,
             quanta: 0,

@@ -173,7 +173,7 @@ impl World {
         let Some(guest) = node.guest.as_ref().filter(|_| node.loaded) else { return };
         let start = guest.point;
         let before = node.executed;
-        let (mut unequal, mut awaits, mut all) = (None, None, false);
+        let (mut unequal, mut awaits) = (None, None);
         // A backup may be a little faster than its primary, or it would never catch up.
         while self.nodes[id]
             .guest
@@ -182,10 +182,7 @@ impl World {
         {
             let (record, end) = match self.next_record(id) {
                 Ok(Some(next)) => next,
-                Ok(None) => {
-                    all = true;
-                    break;
-                }
+                Ok(None) => break,
                 Err(reason) => return self.step_backup(id, backup::Input::Failed { reason }),
             };
             self.run_behind(id, record.point.0);
@@ -258,12 +255,14 @@ impl World {
         if let Some(failed) = awaits {
             self.step_backup(id, backup::Input::AwaitsDisk { device: 0, failed });
         }
-        if all && self.nodes[id].make_stable && self.plant != Some(Plant::LiveWithoutDraining) {
+        if let Some(through) = self.nodes[id].make_stable.filter(|through| *through <= position)
+            && self.plant != Some(Plant::LiveWithoutDraining)
+        {
             let input = match self.disks == Disks::Mirrored && self.hang(id) > 0 {
-                true => backup::Input::AwaitsDisk { device: 0, failed: false },
+                true => backup::Input::AwaitsStable { device: 0, failed: false },
                 false => {
-                    self.nodes[id].make_stable = false;
-                    backup::Input::Stable { position }
+                    self.nodes[id].make_stable = None;
+                    backup::Input::Stable { position: through }
                 }
             };
             self.step_backup(id, input);

@@ -1,4 +1,4 @@
-//! What happens to a protected guest when its arbiter is out of reach: nothing, while all is well, whatever is asked; and when
+//! What happens to a protected guest when its arbiter is out of reach: nothing, while all is well; and when
 //! a side is lost, no side goes live, the guest's answers wait, both sides say why, and it ends by itself
 //! when the arbiter is back.
 
@@ -87,15 +87,9 @@ fn without_its_directory_a_healthy_pair_goes_on_and_a_backup_waits() -> Result<(
     let away = Away::take(&pair)?;
     progress(&load, 100)?;
     ensure!(pair.status()?.state == "protected", "{:?}", pair.status()?);
-    let backup = pair.backup.as_ref().context("there is a backup")?;
-    let status = backup.ft_status()?;
-    ensure!(status.state == "replaying", "{status:?}");
+    let backup = pair.backup.as_ref().context("there is a backup")?.ft_status()?;
+    ensure!(backup.state == "replaying", "{backup:?}");
     let claims = pair.lab.claims().display().to_string();
-    // Nor is anything lost by an operator who wants the backup to take over, which it may not.
-    backup.api().put("ft.failover")?;
-    waits_for_arbiter(backup, &claims)?;
-    progress(&load, 200)?;
-    ensure!(pair.status()?.state == "protected", "{:?}", pair.status()?);
     the_backup_waits(&mut pair, &load, &claims, || away.bring_back())
         .with_context(|| pair.describe())?;
     pair.balance(load)
@@ -119,6 +113,31 @@ fn a_file_system_that_is_not_mounted_any_more_lets_nobody_go_live() -> Result<()
     })
     .with_context(|| pair.describe())?;
     pair.balance(load)
+}
+
+#[test]
+fn a_forced_take_over_waits_for_the_arbiter_and_costs_nothing() -> Result<()> {
+    if !met("arbiter directory gone, take-over", &NEEDS) {
+        return Ok(());
+    }
+    let (mut pair, load) = start(Lab::new()?, "forced")?;
+    pair.protect()?;
+    force_in_vain(&mut pair, &load).with_context(|| pair.describe())?;
+    pair.balance(load)
+}
+
+fn force_in_vain(pair: &mut Pair, load: &Load) -> Result<()> {
+    let away = Away::take(pair)?;
+    let backup = pair.backup.as_ref().context("there is a backup")?;
+    backup.api().put("ft.failover")?;
+    waits_for_arbiter(backup, &pair.lab.claims().display().to_string())?;
+    progress(load, 200)?;
+    ensure!(pair.status()?.state == "protected", "{:?}", pair.status()?);
+    away.bring_back()?;
+    let old = pair.change_sides()?;
+    wait_for_status(&old, "halted", |status| status.state == "halted")?;
+    pair.wait_until_alone()?;
+    progress(load, 50)
 }
 
 #[test]

@@ -91,6 +91,8 @@ struct At {
     point: ExecutionPoint,
     /// The disk that it waits for there, and whether a request failed on it.
     awaits: Option<(u8, bool)>,
+    /// The disk on which something is yet to become stable, and whether a flush failed there.
+    awaits_stable: Option<(u8, bool)>,
     /// What was flushed before it is stable: news that the ft thread has yet to take.
     stable: Option<LogPosition>,
 }
@@ -123,9 +125,16 @@ impl ReplayObserver for ProgressReporter {
 
     fn stable(&mut self, position: LogPosition) {
         let mut at = self.progress.at();
-        *at = At { stable: Some(position), awaits: None, ..*at };
+        *at = At { stable: Some(position), awaits_stable: None, ..*at };
         drop(at);
         let _ = self.waker.write(1);
+    }
+
+    fn awaits_stable(&mut self, device: u8, failed: bool) {
+        let before = self.progress.at().awaits_stable.replace((device, failed));
+        if before != Some((device, failed)) {
+            let _ = self.waker.write(1);
+        }
     }
 
     fn awaits_disk(&mut self, device: u8, failed: bool) {
@@ -226,7 +235,7 @@ impl Side for BackupSide {
     }
 
     fn take(&mut self) {
-        let (At { position, point, awaits, .. }, stable) = {
+        let (At { position, point, awaits, awaits_stable, .. }, stable) = {
             let mut at = self.progress.at();
             (*at, at.stable.take())
         };
@@ -247,6 +256,10 @@ impl Side for BackupSide {
             self.catch_up();
             self.step(Input::AwaitsDisk { device, failed });
         }
+        if let Some((device, failed)) = awaits_stable {
+            self.catch_up();
+            self.step(Input::AwaitsStable { device, failed });
+        }
     }
 
     fn written(&mut self) {
@@ -258,11 +271,21 @@ impl Side for BackupSide {
         let (machine, progress) = (&self.core.machine, &self.progress);
         self.core.status.update(now, machine.state_name(), |status| {
             machine.status(status);
-            if let (None, Some((device, true))) = (&status.reason, progress.at().awaits) {
-                status.reason = Some(format!(
+            let At { awaits, awaits_stable, .. } = *progress.at();
+            let waits = match (awaits.or(awaits_stable), machine.takes_over()) {
+                _ if machine.ended() => return,
+                (Some((device, true)), _) => format!(
                     "a request failed on this side's disk in slot {device} and is tried again; the backup falls behind"
-                ));
-            }
+                ),
+                (Some((device, false)), true) => {
+                    format!("waits for this side's disk in slot {device}")
+                }
+                _ => return,
+            };
+            status.reason = Some(match status.reason.take() {
+                Some(reason) => format!("{reason}; {waits}"),
+                None => waits,
+            });
         });
     }
 }
@@ -319,9 +342,9 @@ impl BackupSide {
                 self.images = None;
                 self.host()?.protected();
             }
-            Action::MakeStable => {
+            Action::MakeStable { through } => {
                 if let Some(inbox) = &self.inbox {
-                    inbox.send(run_loop::Message::Command(Command::MakeStable));
+                    inbox.send(run_loop::Message::Command(Command::MakeStable { through }));
                 }
             }
             Action::Claim { pair, generation, who } => {

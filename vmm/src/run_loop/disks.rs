@@ -19,7 +19,7 @@ use std::sync::Arc;
 use ft::{DiskMode, DiskReads, Event, LogPosition, Terms};
 use virtio_devices::{BlockOp, BlockRequest, BlockStatus, SECTOR_SIZE};
 
-use super::flushes::Flushes;
+use super::flushes::{Flushes, Goal};
 use super::outgoing::Outlet;
 use super::ranges::Ranges;
 use crate::guest::Guest;
@@ -330,9 +330,19 @@ impl FollowedDisks {
         self.flushes.failing(now_ns)
     }
 
-    /// `None` if all is stable that the guest has flushed; else that is under way: a disk, and whether it failed there.
-    pub fn make_stable(&mut self, now_ns: u64) -> Option<(u8, bool)> {
-        self.flushes.make_stable(now_ns, &**self.outlet.as_ref()?)
+    /// What all that the guest has flushed so far needs to be stable.
+    pub fn goal(&self) -> Goal {
+        self.flushes.goal()
+    }
+
+    /// `None` once `goal` is reached; else it is under way: a disk that is waited for, and whether a flush failed there.
+    pub fn reach(&mut self, goal: &Goal, now_ns: u64) -> Option<(u8, bool)> {
+        self.flushes.reach(goal, now_ns, &**self.outlet.as_ref()?)
+    }
+
+    /// Whether all is stable that the guest has flushed; if not, it is under way.
+    pub fn make_stable(&mut self, now_ns: u64) -> bool {
+        self.reach(&self.goal(), now_ns).is_none()
     }
 
     /// The guest has switched itself off: has its last flushes done.
@@ -612,16 +622,33 @@ mod tests {
     #[test]
     fn before_it_goes_live_all_is_stable_that_was_flushed() {
         let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush, BlockOp::Flush]);
-        assert!(disks.make_stable(0).is_some());
+        assert!(!disks.make_stable(0));
         assert_eq!(noted.take(), [(1, false)]);
         disks.issue(1, BlockRequest { id: 2, op: BlockOp::Flush });
-        assert!(disks.make_stable(0).is_some());
+        assert!(!disks.make_stable(0));
         disks.completed(done(1, OK, b""));
-        assert!(disks.make_stable(0).is_some(), "one was wanted since");
+        assert!(!disks.make_stable(0), "one was wanted since");
         disks.completed(done(2, OK, b""));
-        assert_eq!(disks.make_stable(0), None);
+        assert!(disks.make_stable(0));
         assert_eq!(noted.take(), [(2, false)]);
-        assert_eq!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0), None);
+        assert!(following(DiskPlan::BackupReads, &[BlockOp::Flush]).0.make_stable(0));
+    }
+
+    #[test]
+    fn a_guest_that_flushes_all_the_time_does_not_keep_it_from_being_stable_so_far() {
+        let (mut disks, noted) = following(DiskPlan::Mirrored, &[BlockOp::Flush]);
+        disks.begin_flushes(0);
+        disks.issue(1, BlockRequest { id: 1, op: BlockOp::Flush });
+        let goal = disks.goal();
+        assert_eq!(disks.reach(&goal, 0), Some((1, false)));
+        disks.issue(1, BlockRequest { id: 2, op: BlockOp::Flush });
+        disks.completed(done(0, OK, b""));
+        assert_eq!(disks.reach(&goal, 0), Some((1, false)), "one was wanted then");
+        disks.issue(1, BlockRequest { id: 3, op: BlockOp::Flush });
+        assert_eq!(noted.take(), [(0, false), (2, false)], "a later one does as well");
+        disks.completed(done(2, OK, b""));
+        assert_eq!(disks.reach(&goal, 0), None);
+        assert!(!disks.make_stable(0));
     }
 
     #[test]
@@ -646,7 +673,8 @@ mod tests {
         assert_eq!(disks.failing(1001 * MS), None);
         disks.completed(done(0, FAILED, b""));
         assert_eq!((disks.failing(1000 * MS), disks.failing(1001 * MS)), (None, Some(1)));
-        assert_eq!(disks.make_stable(1001 * MS), Some((1, true)), "it does not go live");
+        assert!(!disks.make_stable(1001 * MS), "it does not go live");
+        assert_eq!(disks.reach(&disks.goal(), 1001 * MS), Some((1, true)));
         assert_eq!(disks.settle(write(), 1001 * MS), wait(true));
         assert_eq!(noted.take(), [(1, false), (0, false), (0, true)]);
         disks.completed(done(0, OK, b""));

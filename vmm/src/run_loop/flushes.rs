@@ -32,6 +32,9 @@ struct Disk {
     /// The newest flush of the guest that was not begun.
     wanted: Option<BlockRequest>,
     running: Option<Running>,
+    /// How many were begun, and how many have ended well.
+    begun: u64,
+    ended: u64,
     /// When the next may begin.
     next_ns: u64,
 }
@@ -44,6 +47,10 @@ struct Running {
     failed: bool,
 }
 
+/// How many flushes must have ended on each disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Goal(BTreeMap<u8, u64>);
+
 impl Disk {
     fn begin(&mut self, device: u8, now_ns: u64, outlet: &dyn Outlet) {
         if self.running.is_none()
@@ -52,6 +59,7 @@ impl Disk {
             self.next_ns = now_ns.saturating_add(INTERVAL_NS);
             let running = Running { request: request.clone(), since_ns: now_ns, failed: false };
             self.running = Some(running);
+            self.begun += 1;
             outlet.block(device, request);
         }
     }
@@ -72,13 +80,25 @@ impl Flushes {
         }
     }
 
-    /// Begins whatever the guest wants, due or not. `None` if everything is stable; else a disk that is not, and whether a
-    /// flush failed there.
-    pub fn make_stable(&mut self, now_ns: u64, outlet: &dyn Outlet) -> Option<(u8, bool)> {
-        for (device, disk) in &mut self.0 {
-            disk.begin(*device, now_ns, outlet);
+    /// What all that the guest has flushed so far needs to be stable.
+    #[must_use]
+    pub fn goal(&self) -> Goal {
+        let number = |disk: &Disk| disk.begun + u64::from(disk.wanted.is_some());
+        Goal(self.0.iter().map(|(device, disk)| (*device, number(disk))).collect())
+    }
+
+    /// Begins what `goal` needs, due or not. `None` once it is reached, however much the guest has flushed since; else a disk
+    /// that is not so far, and whether a flush failed there.
+    pub fn reach(&mut self, goal: &Goal, now_ns: u64, outlet: &dyn Outlet) -> Option<(u8, bool)> {
+        let mut awaited = None;
+        for (device, number) in &goal.0 {
+            if let Some(disk) = self.0.get_mut(device).filter(|disk| disk.ended < *number) {
+                disk.begin(*device, now_ns, outlet);
+                let failed = disk.running.as_ref().is_some_and(|running| running.failed);
+                awaited = awaited.or(Some((*device, failed)));
+            }
         }
-        self.0.iter().find_map(|(device, disk)| Some((*device, disk.running.as_ref()?.failed)))
+        awaited
     }
 
     /// The guest has ended: begins whatever it wants, beside what runs, for no later record would.
@@ -98,6 +118,7 @@ impl Flushes {
         };
         if ok {
             disk.running = None;
+            disk.ended += 1;
         } else {
             running.failed = true;
             outlet.block_patiently(device, running.request.clone());

@@ -33,7 +33,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use ft::{Control, Event, ExecutionPoint};
+use ft::{Control, Event, ExecutionPoint, LogPosition};
 use rt_channel::{Receiver, Sender};
 
 use crate::api::Counters;
@@ -98,9 +98,12 @@ pub enum Command {
         /// Held by the ft thread.
         drained: Receiver<()>,
     },
-    /// Once the whole log received so far has been executed, have what the guest has flushed made stable, and tell the
-    /// replay's observer.
-    MakeStable,
+    /// Have all that the guest flushes before a position of the log made stable once it is executed, and tell the replay's
+    /// observer.
+    MakeStable {
+        /// The position.
+        through: LogPosition,
+    },
     /// Stop replaying once the whole log received so far has been executed and what the guest has flushed is stable, and
     /// run on alone.
     GoLive(Box<GoLive>),
@@ -239,7 +242,6 @@ impl VcpuThread {
             powered_off: false,
             deferred: Vec::new(),
             deferred_commands: Vec::new(),
-            make_stable: false,
             go_live: None,
         };
         let handle =
@@ -289,9 +291,7 @@ struct RunLoop {
     /// What the user asked for while a copy was being made or the guest was being handed over: it would be in neither the
     /// copied state nor the log.
     deferred_commands: Vec<Command>,
-    /// To be done when the log has been executed.
-    make_stable: bool,
-    /// To be done when all is stable.
+    /// To be done when the log has been executed and all is stable.
     go_live: Option<Box<GoLive>>,
 }
 
@@ -343,12 +343,7 @@ impl RunLoop {
             Driver::Replay(replay) => match replay.advance(&mut self.guest)? {
                 replay::Next::Again => Ok(Flow::Continue),
                 replay::Next::LogEmpty => {
-                    let wanted = self.make_stable || self.go_live.is_some();
-                    if !wanted || !replay.make_stable(&self.guest) {
-                        return self.wait(None);
-                    }
-                    self.make_stable = false;
-                    match self.go_live.take() {
+                    match self.go_live.take_if(|_| replay.make_stable(&self.guest)) {
                         Some(go_live) => self.go_live(*go_live),
                         None => self.wait(None),
                     }
@@ -518,7 +513,11 @@ impl RunLoop {
                 // Whoever waits for an answer learns that the VM has stopped.
                 self.deferred_commands.clear();
             }
-            Command::MakeStable => self.make_stable = true,
+            Command::MakeStable { through } => {
+                if let Driver::Replay(replay) = &mut self.driver {
+                    replay.make_stable_through(through);
+                }
+            }
             Command::GoLive(go_live) => match self.driver {
                 Driver::Replay(_) => self.go_live = Some(go_live),
                 Driver::Live(_) | Driver::Halted => {

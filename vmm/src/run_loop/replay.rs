@@ -16,6 +16,7 @@ use ft::{
 use hypervisor::{Anchor, Exit};
 
 use super::disks::{FollowedDisks, Settled};
+use super::flushes::Goal;
 use super::live::Live;
 use super::outgoing::{Outgoing, Outlet, Routed, route};
 use crate::guest::{Guest, GuestError};
@@ -26,10 +27,13 @@ pub trait ReplayObserver: Send {
     fn executed(&mut self, position: LogPosition, point: ExecutionPoint);
     /// Every record received so far has been applied.
     fn log_empty(&mut self);
-    /// All that the guest flushed before `position` is stable on this side's disks. Told when it was asked for.
+    /// All that the guest flushed before `position` is stable on this side's disks. Told once, when it was asked for.
     fn stable(&mut self, position: LogPosition);
+    /// What was asked for waits for a disk of this side; `failed`: a flush failed there and is tried again. Until
+    /// [`Self::stable`].
+    fn awaits_stable(&mut self, device: u8, failed: bool);
     /// The guest waits for a disk of this side; `failed`: a request failed there and is tried again. Until the next
-    /// [`Self::executed`] or [`Self::stable`].
+    /// [`Self::executed`].
     fn awaits_disk(&mut self, device: u8, failed: bool);
     /// A digest was compared: `Some` is the first unequal component, with this side's pages.
     fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>);
@@ -56,6 +60,13 @@ pub enum Next {
     Diverged,
 }
 
+/// That all which the guest flushed before a position be stable.
+struct Wanted {
+    through: LogPosition,
+    /// What that takes, once it is executed.
+    goal: Option<Goal>,
+}
+
 /// See the module's documentation.
 pub struct Replay {
     log: Decoder,
@@ -63,6 +74,8 @@ pub struct Replay {
     next: Option<(Record, LogPosition)>,
     /// The position behind the last record applied.
     executed: LogPosition,
+    /// What the observer wants to hear of.
+    wanted: Option<Wanted>,
     kept: KeptOutputs<Outgoing>,
     next_output: OutputNumber,
     /// When the last piece of the log came, for the clock of the live side.
@@ -79,6 +92,7 @@ impl Replay {
             log: Decoder::new(start),
             next: None,
             executed: LogPosition(0),
+            wanted: None,
             kept: KeptOutputs::default(),
             next_output: OutputNumber(1),
             last_log: Instant::now(),
@@ -110,6 +124,7 @@ impl Replay {
 
     /// Executes up to and including the next record.
     pub fn advance(&mut self, guest: &mut Guest) -> Result<Next, GuestError> {
+        self.tell_stable(guest);
         if self.next.is_none() {
             self.next = match self.log.next_record() {
                 Ok(next) => next,
@@ -154,19 +169,30 @@ impl Replay {
         }
     }
 
-    /// Whether all is stable that the guest has flushed on this side's disks; if not, that is under way, and completions will
-    /// come. Asked when the log is empty, and before [`Self::go_live`].
-    pub fn make_stable(&mut self, guest: &Guest) -> bool {
-        match self.disks.make_stable(guest.tsc()) {
-            Some((device, failed)) => {
-                self.observer.awaits_disk(device, failed);
-                false
-            }
+    /// Has all that the guest flushes before `through` made stable as soon as it is executed, and the observer told.
+    pub fn make_stable_through(&mut self, through: LogPosition) {
+        self.wanted = Some(Wanted { through, goal: None });
+    }
+
+    fn tell_stable(&mut self, guest: &Guest) {
+        let Some(wanted) = self.wanted.as_mut().filter(|wanted| wanted.through <= self.executed)
+        else {
+            return;
+        };
+        let goal = wanted.goal.get_or_insert_with(|| self.disks.goal());
+        match self.disks.reach(goal, guest.tsc()) {
+            Some((device, failed)) => self.observer.awaits_stable(device, failed),
             None => {
-                self.observer.stable(self.executed);
-                true
+                self.observer.stable(wanted.through);
+                self.wanted = None;
             }
         }
+    }
+
+    /// Whether all is stable that the guest has flushed on this side's disks; if not, that is under way, and completions will
+    /// come. Asked when the log is empty, before [`Self::go_live`].
+    pub fn make_stable(&mut self, guest: &Guest) -> bool {
+        self.disks.make_stable(guest.tsc())
     }
 
     /// The log has ended and been executed: what was still to come out comes out now, and the guest runs

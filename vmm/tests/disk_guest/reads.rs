@@ -51,6 +51,7 @@ impl ReplayObserver for Follower {
     }
     fn log_empty(&mut self) {}
     fn stable(&mut self, _position: LogPosition) {}
+    fn awaits_stable(&mut self, _device: u8, _failed: bool) {}
     fn awaits_disk(&mut self, _device: u8, _failed: bool) {}
     fn digest(&mut self, _point: ExecutionPoint, _unequal: Option<(Unequal, PageHashes)>) {}
     fn diverged(&mut self, reason: String) {

@@ -110,6 +110,7 @@ impl ReplayObserver for Judge {
     fn executed(&mut self, _position: LogPosition, _point: ExecutionPoint) {}
     fn log_empty(&mut self) {}
     fn stable(&mut self, _position: LogPosition) {}
+    fn awaits_stable(&mut self, _device: u8, _failed: bool) {}
     fn awaits_disk(&mut self, _device: u8, _failed: bool) {}
     fn digest(&mut self, point: ExecutionPoint, unequal: Option<(Unequal, PageHashes)>) {
         assert_eq!(unequal, None, "at point {}", point.0);

@@ -82,8 +82,8 @@ impl Checkers {
     }
 
     /// What it has discarded was different from its primary's.
-    pub fn differed(&mut self, who: String) {
-        self.progress.differed(who);
+    pub fn differed(&mut self, generation: u64, who: String) {
+        self.progress.differed(generation, who);
     }
 
     pub fn crashed(&mut self, end: End, who: String) {

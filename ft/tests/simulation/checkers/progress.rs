@@ -16,8 +16,8 @@ pub struct Progress {
     crashed: BTreeSet<(usize, u32)>,
     /// The same by the names that processes claim with.
     crashed_claimants: BTreeSet<String>,
-    /// Whoever discarded a guest that differed.
-    differing_claimants: BTreeSet<String>,
+    /// Whoever discarded a guest that differed, and in which generation.
+    differed: BTreeSet<(u64, String)>,
 }
 
 fn key(end: End) -> (usize, u32) {
@@ -37,8 +37,8 @@ impl Progress {
         self.ended.insert(key(end));
     }
 
-    pub fn differed(&mut self, who: String) {
-        self.differing_claimants.insert(who);
+    pub fn differed(&mut self, generation: u64, who: String) {
+        self.differed.insert((generation, who));
     }
 
     pub fn crashed(&mut self, end: End, who: String) {
@@ -62,7 +62,7 @@ impl Progress {
             .map(|node| format!("{} {} ({})", node.who(), node.state_name(), node.up))
             .collect();
         let destroyed = match claims.get(&generation) {
-            Some(winner) if self.differing_claimants.contains(winner) => {
+            Some(winner) if self.differed.contains(&(generation, winner.clone())) => {
                 self.crashed.contains(&key(live))
             }
             Some(winner) => self.crashed_claimants.contains(winner),

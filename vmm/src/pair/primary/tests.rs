@@ -157,6 +157,7 @@ fn a_guest_waits_while_nobody_takes_its_log_and_goes_on_when_somebody_does() {
         side.perform();
     }
     assert!(2 * made > side.max_held_bytes && told.try_recv().is_err());
+    // The machine has no backup yet and refuses what it is given now, so that this fills no other buffer.
     side.clone_sent = true;
     side.take();
     side.perform();
