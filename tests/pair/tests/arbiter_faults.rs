@@ -137,7 +137,8 @@ fn force_in_vain(pair: &mut Pair, load: &Load) -> Result<()> {
     let old = pair.change_sides()?;
     wait_for_status(&old, "halted", |status| status.state == "halted")?;
     pair.wait_until_alone()?;
-    progress(load, 50)
+    progress(load, 50)?;
+    Ok(())
 }
 
 #[test]
