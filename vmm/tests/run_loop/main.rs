@@ -1,7 +1,10 @@
 //! The vCPU thread and its drivers around guests of a few bytes.
 
+#[path = "../executable/mod.rs"]
 mod executable;
+mod gathering;
 #[expect(dead_code, reason = "of what records and replays, these tests need a part")]
+#[path = "../recording/mod.rs"]
 mod recording;
 
 use std::sync::Arc;
@@ -60,9 +63,8 @@ impl Observer for Nothing {
     }
 }
 
-/// A guest that executes `code`, serial port attached.
-fn guest_of(code: &[u8]) -> Guest {
-    let mut config = VmConfig::default();
+/// A guest that executes `code`, with the network of `config`, serial port attached.
+fn guest_of(code: &[u8], mut config: VmConfig) -> Guest {
     config.memory.size = 16 << 20;
     config.serial.mode = ConsoleMode::Null;
     config.console.mode = ConsoleMode::Off;
@@ -75,7 +77,7 @@ fn guest_of(code: &[u8]) -> Guest {
 
 #[test]
 fn what_a_user_asks_for_waits_while_a_copy_is_made() {
-    let guest = guest_of(SPIN);
+    let guest = guest_of(SPIN, VmConfig::default());
     let mailbox = Mailbox::new(&guest);
     let thread =
         VcpuThread::live(guest, Arc::new(Nothing), false, mailbox, Arc::new(Nothing)).unwrap();
@@ -102,7 +104,7 @@ fn what_a_user_asks_for_waits_while_a_copy_is_made() {
 
 #[test]
 fn what_comes_while_the_log_is_full_waits_for_room() {
-    let guest = guest_of(SPIN);
+    let guest = guest_of(SPIN, VmConfig::default());
     let (mailbox, point) = (Mailbox::new(&guest), guest.point());
     let thread =
         VcpuThread::live(guest, Arc::new(Nothing), false, mailbox, Arc::new(Nothing)).unwrap();
@@ -134,7 +136,7 @@ fn what_comes_while_the_log_is_full_waits_for_room() {
 
 #[test]
 fn what_comes_right_after_a_triple_fault_reaches_the_machine_that_starts_over() {
-    let mut primary = guest_of(FAULT);
+    let mut primary = guest_of(FAULT, VmConfig::default());
     let (sink, flushes) = unbounded();
     let waker = Arc::new(EventFd::new(0).unwrap());
     let recorder = Recorder::new(primary.point(), sink, waker, Arc::default());
@@ -148,7 +150,7 @@ fn what_comes_right_after_a_triple_fault_reaches_the_machine_that_starts_over() 
         log.extend(flush.bytes);
     }
 
-    let mut backup = guest_of(FAULT);
+    let mut backup = guest_of(FAULT, VmConfig::default());
     let (_, _, equal) = replay(&mut backup, log.as_slice());
     assert_eq!((equal, backup.point()), (1, primary.point()));
 }
