@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
-use nix::unistd::fdatasync;
 
 use super::image::Image;
 use super::job::{Aligned, DIRECT_ALIGNMENT, Io};
@@ -110,18 +109,12 @@ impl ImageCopy {
         Ok(())
     }
 
-    /// Makes all that was written stable. Not while the disk works on the image: of two syncs at a time the host would tell
-    /// one only of lost data.
+    /// Makes all that was written stable. The disk may work on the image meanwhile.
     ///
     /// # Errors
     /// If the host cannot, or could not once since the image was opened.
     pub fn sync(&self) -> io::Result<()> {
-        if let Some(error) = self.image.sync_failure() {
-            return Err(error.into());
-        }
-        let result = fdatasync(&self.image.file);
-        self.image.synced(result);
-        Ok(result?)
+        Ok(self.image.sync_beside()?)
     }
 
     /// Notes what is written from now on, until the end of what this gives.

@@ -12,7 +12,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
@@ -36,6 +36,8 @@ const PAGE_BYTES: u64 = 4096;
 pub(super) struct Image {
     pub path: PathBuf,
     pub file: File,
+    /// The same file opened once more: the host tells it, too, of data that was lost.
+    witness: File,
     pub valve: Arc<Valve>,
     pub direct: bool,
     /// Writes complete only when they are stable.
@@ -82,6 +84,10 @@ impl Image {
         if let Err(error) = set_blocking(&file) {
             return Err(BlockBackError::Open { path, read_only, source: error.into() });
         }
+        let witness = match File::open(format!("/proc/self/fd/{}", file.as_raw_fd())) {
+            Ok(witness) => witness,
+            Err(source) => return Err(BlockBackError::Open { path, read_only, source }),
+        };
         if !bytes.is_multiple_of(SECTOR_SIZE) {
             return Err(BlockBackError::OddSize { path, bytes });
         }
@@ -91,6 +97,7 @@ impl Image {
         Ok(Self {
             path,
             file,
+            witness,
             valve,
             direct,
             write_through: AtomicBool::new(false),
@@ -210,6 +217,16 @@ impl Image {
                 fallocate(&self.file, how, offset.cast_signed(), len.cast_signed()).map(|()| 0)
             }
         }
+    }
+
+    /// Makes all that was written stable, beside the syncs that the disk does by itself.
+    pub fn sync_beside(&self) -> Result<(), Errno> {
+        if let Some(error) = self.sync_failure() {
+            return Err(error);
+        }
+        let result = fdatasync(&self.witness);
+        self.synced(result);
+        result
     }
 
     /// With what every sync fails from now on; `None` as long as the host may be asked for one.
