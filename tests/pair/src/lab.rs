@@ -15,7 +15,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Size of the guest's disk.
-const DISK_BYTES: u64 = 256 << 20;
+pub const DISK_BYTES: u64 = 256 << 20;
 
 /// One lab at a time in a process: tests that share the processors with another guest measure nothing.
 static TURN: Mutex<()> = Mutex::new(());

@@ -11,6 +11,8 @@ pub enum Need {
     Tap,
     /// The kernel's token bucket filter, for a slow network.
     SlowNetwork,
+    /// Loop devices, for file systems that hang or fail.
+    LoopDevice,
 }
 
 impl Need {
@@ -21,11 +23,13 @@ impl Need {
             Self::Root => nix::unistd::geteuid().is_root(),
             Self::Tap => opens("/dev/net/tun"),
             Self::SlowNetwork => slow_network(),
+            Self::LoopDevice => opens("/dev/loop-control"),
         };
         let what = match self {
             Self::Root => "root (network namespaces)",
             Self::Tap => "/dev/net/tun",
             Self::SlowNetwork => "token bucket filter (tc and the kernel's sch_tbf)",
+            Self::LoopDevice => "loop devices (/dev/loop-control)",
         };
         (!there).then_some(what)
     }

@@ -4,9 +4,10 @@
 use anyhow::{Context, Result, ensure};
 use ft::FtStatus;
 use ledger_client::load::{Load, Options};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use pair_tests::disk::Disk;
 use pair_tests::kills::progress;
-use pair_tests::lab::Lab;
+use pair_tests::lab::{DISK_BYTES, Lab};
 use pair_tests::mirrors::{alike, image_of, mirrored, receive};
 use pair_tests::network::Side;
 use pair_tests::pair::{CHANGE, Death, Pair, listen_url, wait_for_status};
@@ -14,12 +15,14 @@ use pair_tests::patience::eventually;
 use pair_tests::requirements::{Need, met};
 use serde_json::{Value, json};
 use std::ffi::OsStr;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::{NamedTempFile, TempDir};
 
 const NEEDS: [Need; 2] = [Need::Root, Need::Tap];
+const NEEDS_LOOP: [Need; 3] = [Need::Root, Need::Tap, Need::LoopDevice];
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn image_of_b(lab: &Lab) -> PathBuf {
@@ -95,7 +98,7 @@ fn protect_and_kill(
     let status = pair.status()?;
     let clone = status.clone.context("the copy is shown")?;
     println!("first copy: {protected:?} {clone:?} {:?}", status.clone_disks);
-    let total = 256 << 20;
+    let total = DISK_BYTES;
     ensure!(clone.disk_total_bytes == total && clone.disk_compared_bytes == total, "{clone:?}");
     ensure!(clone.disk_copied_bytes >= 24 << 20 && clone.disk_copied_bytes < total, "{clone:?}");
     ensure!(status.clone_disks.len() == 1 && status.clone_disks[0].id == "_disk0", "{status:?}");
@@ -187,7 +190,7 @@ fn refuse_and_cancel(pair: &mut Pair, load: &Load, image: &Path) -> Result<()> {
     };
     // Both hosts are one machine here, and the path leads to the primary's own image.
     refused(pair, &json!({}), &["images of its own", "in use by another VM"])?;
-    std::fs::File::create(image)?.set_len(1 << 20)?;
+    File::create(image)?.set_len(1 << 20)?;
     refused(pair, &receive(image), &["_disk0", "sectors"])?;
     std::fs::remove_file(image)?;
     let nowhere = pair.lab.directory().join("nowhere/b.raw");
@@ -218,6 +221,11 @@ impl Mount {
         let mount = Self(tempfile::Builder::new().prefix("dyad-disk-").tempdir()?);
         mount.mount(options)?;
         Ok(mount)
+    }
+
+    /// The file system that a file holds.
+    fn of(device: &Path) -> Result<Self> {
+        Self::new(&["-o", "loop", &device.to_string_lossy()])
     }
 
     fn path(&self) -> &Path {
@@ -266,9 +274,7 @@ impl HangingDisk {
         let device = NamedTempFile::new()?;
         device.as_file().set_len(400 << 20)?;
         run("mkfs.ext4", &["-q".as_ref(), device.path().as_os_str()])?;
-        let path = device.path().to_string_lossy();
-        let mount = Mount::new(&["-o", "loop", &path])?;
-        Ok(Self { mount, _device: device })
+        Ok(Self { mount: Mount::of(device.path())?, _device: device })
     }
 
     fn freeze(&self) -> Result<()> {
@@ -280,16 +286,61 @@ impl HangingDisk {
     }
 }
 
+/// A file system on a device with less room than it says. It takes what is written to the image that it holds, and loses
+/// what finds no room when the page cache is written back.
+struct OverbookedDisk {
+    mount: Mount,
+    small: SmallDisk,
+}
+
+impl OverbookedDisk {
+    /// There is room for `size` once the image has been made.
+    fn new(image_bytes: u64, size: &str) -> Result<Self> {
+        let small = SmallDisk::new("400M")?;
+        let device = small.0.path().join("device");
+        File::create(&device)?.set_len(image_bytes + (64 << 20))?;
+        // No block may be used later on that has no room, but for the image's: no journal, and the file beside the image
+        // is to be part of its inode.
+        let layout = ["-q", "-O", "^has_journal,inline_data", "-I", "512"].map(OsStr::new);
+        run("mkfs.ext4", &[layout.as_slice(), &[device.as_os_str()]].concat())?;
+        let disk = Self { mount: Mount::of(&device)?, small };
+        // The file system allocates all of the image; on the device only what is not zero keeps its room.
+        let image = File::create(disk.image())?;
+        image.set_len(image_bytes)?;
+        Disk::at(&disk.image()).allocate()?;
+        run("sync", &["--file-system".as_ref(), disk.image().as_os_str()])?;
+        run("fallocate", &["--dig-holes".as_ref(), device.as_os_str()])?;
+        disk.small.resize(size)?;
+        Ok(disk)
+    }
+
+    fn image(&self) -> PathBuf {
+        image_in(self.mount.path())
+    }
+
+    /// Has the host forget what it has in its page cache: the image is what the device has.
+    fn forget(&self) -> Result<()> {
+        let image = File::open(self.image())?;
+        image.sync_all()?;
+        posix_fadvise(&image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        Ok(())
+    }
+}
+
 /// More than a file system of 40 MB holds, written in the background.
 const FILL: &str = "(dd if=/dev/urandom of=/data/noise bs=1M count=48; sync) 2>/dev/null & true";
 
 /// A story in which host b has its image on a file system of `size`.
 fn on_a_small_disk(
     size: &str,
-    story: fn(&mut Pair, &Load, &SmallDisk, &Path) -> Result<()>,
+    story: impl FnOnce(&mut Pair, &Load, &SmallDisk, &Path) -> Result<()>,
 ) -> Result<()> {
     let small = SmallDisk::new(size)?;
     with_image_on(small.0.path(), |pair, load, image| story(pair, load, &small, image))
+}
+
+fn image_in(directory: &Path) -> PathBuf {
+    directory.join("b.raw")
 }
 
 /// A story in which host b has its image in `directory`.
@@ -298,7 +349,7 @@ fn with_image_on(
     story: impl FnOnce(&mut Pair, &Load, &Path) -> Result<()>,
 ) -> Result<()> {
     let lab = Lab::new()?;
-    let image = directory.join("b.raw");
+    let image = image_in(directory);
     std::os::unix::fs::symlink(&image, image_of_b(&lab))?;
     let mut pair = Pair::boot(lab)?;
     let load = load(&pair, "disk")?;
@@ -351,15 +402,15 @@ fn a_backup_whose_disk_stays_full_is_given_up_and_made_again_when_there_is_room(
     if !met("a mirrored backup that is given up for its full disk", &NEEDS) {
         return Ok(());
     }
-    on_a_small_disk("40M", give_up_and_come_back)
+    on_a_small_disk("40M", |pair, load, small, image| {
+        fill_until_given_up(pair, load, image, "No space left")?;
+        come_back(pair, load, small)?;
+        alike_and_good_for_going_on(pair, load)
+    })
 }
 
-fn give_up_and_come_back(
-    pair: &mut Pair,
-    load: &Load,
-    small: &SmallDisk,
-    image: &Path,
-) -> Result<()> {
+/// The backup is lost for its disk, and so is each copy after it, because of `trouble`.
+fn fill_until_given_up(pair: &mut Pair, load: &Load, image: &Path, trouble: &str) -> Result<()> {
     let mut terms = for_good();
     terms["disk_timeout_ms"] = json!(1_500);
     pair.protect_with(&receive(image), &terms)?;
@@ -372,23 +423,42 @@ fn give_up_and_come_back(
     pair.primary.wait_for_log("the backup gave up: its disk in slot")?;
     // The standby is asked again and has no room. The guest writes all that it wanted to, and answers.
     wait_for_status(&pair.primary, "the standby has no room", |status| {
-        errors(status).any(|error| error.contains("No space left"))
+        errors(status).any(|error| error.contains(trouble))
     })?;
     pair.primary.console.run("wait", PATIENCE)?;
     println!("{:?} for the next 40 answers", progress(load, 40)?);
     ensure!(pair.status()?.state != "protected", "nobody has made room");
+    Ok(())
+}
 
+fn come_back(pair: &Pair, load: &Load, small: &SmallDisk) -> Result<()> {
     small.resize("400M")?;
     let room = Instant::now();
     pair.wait_until_protected(room)?;
     println!("protected again {:?} after there was room", room.elapsed());
-    progress(load, 20)?;
-    alike_and_good_for_going_on(pair, load)
+    progress(load, 20).map(drop)
+}
+
+#[test]
+fn a_mirrored_backup_whose_sync_failed_is_given_up_and_its_image_made_anew() -> Result<()> {
+    if !met("a sync that fails under a mirrored backup", &NEEDS_LOOP) {
+        return Ok(());
+    }
+    let disk = OverbookedDisk::new(DISK_BYTES, "20M")?;
+    with_image_on(disk.mount.path(), |pair, load, image| {
+        fill_until_given_up(pair, load, image, "cannot sync disk image")?;
+        // No write has failed: it was the host that had promised too much.
+        let backup = pair.backup.as_ref().context("there is a standby")?;
+        backup.wait_for_log("the host could not make durable what was written")?;
+        come_back(pair, load, &disk.small)?;
+        disk.forget()?;
+        alike_and_good_for_going_on(pair, load)
+    })
 }
 
 #[test]
 fn a_disk_of_the_backup_that_hangs_costs_the_backup_and_no_more() -> Result<()> {
-    if !met("a disk that hangs under a mirrored backup", &NEEDS) {
+    if !met("a disk that hangs under a mirrored backup", &NEEDS_LOOP) {
         return Ok(());
     }
     let disk = HangingDisk::new()?;
