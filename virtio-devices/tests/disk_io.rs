@@ -1,6 +1,8 @@
 //! The back half of a disk on real files, with `io_uring` and with threads: the same tests for both.
 
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -773,6 +775,31 @@ fn data_that_the_host_lost_once_stays_lost() {
         assert!(lost, "{kind:?}");
         drop(disk);
     }
+}
+
+#[test]
+fn what_a_killed_process_could_not_write_is_not_copied_from_the_hosts_memory() {
+    let device = match OverbookedDevice::attach() {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("SKIPPED: it needs to mount a tmpfs and attach a loop device: {error}");
+            return;
+        }
+    };
+    // Unlike that of a file, a device's page cache goes when nobody has it open.
+    let _open = File::open(&device.path).unwrap();
+    let bytes = vec![3; 2 << 20];
+    let mut killed = File::options().write(true).open(&device.path).unwrap();
+    killed.write_all(&bytes).unwrap();
+    killed.sync_data().unwrap_err();
+    drop(killed);
+    let back = BlockBack::open(Path::new(&device.path), false).unwrap();
+    let mut copy = back.copy();
+    let mut shown =
+        || [0, 1 << 20].map(|offset| copy.read(offset, 1 << 20).unwrap() == &bytes[..1 << 20]);
+    assert_eq!(shown(), [true, true], "the host remembers");
+    back.copy().forget_cached();
+    assert_ne!(shown(), [true, true]);
 }
 
 #[test]

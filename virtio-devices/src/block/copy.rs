@@ -46,6 +46,12 @@ impl ImageCopy {
         &self.image.path
     }
 
+    /// Has what is read from here on come from the storage. What an earlier process could not write, the host may still show,
+    /// and not say again that it was lost.
+    pub fn forget_cached(&self) {
+        self.image.forget_cached();
+    }
+
     /// Reads `len` bytes at `offset`, whole sectors of at most [`MAX_COPY_BYTES`].
     ///
     /// # Errors

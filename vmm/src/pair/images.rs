@@ -195,6 +195,11 @@ struct Worker {
 impl Worker {
     fn run(mut self, jobs: &Receiver<Job>, tell: &dyn Fn(Told)) {
         let mut failed = false;
+        for image in &self.disks {
+            self.under_way.begins();
+            image.copy.forget_cached();
+        }
+        self.under_way.ends();
         while let Ok(job) = jobs.recv() {
             if let Job::Barrier(done) = job {
                 let _ = done.send(());
