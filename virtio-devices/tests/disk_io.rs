@@ -324,7 +324,7 @@ fn a_full_host_gives_errors_and_goes_on_when_there_is_room() {
     };
     for kind in KINDS {
         let path = host.0.path().join("sparse.img");
-        std::fs::File::create(&path).unwrap().set_len(8 << 20).unwrap();
+        File::create(&path).unwrap().set_len(8 << 20).unwrap();
         let mut disk = Disk::start(&options(&path, kind));
         let mut full = false;
         for n in 0..16 {
@@ -735,7 +735,7 @@ impl OverbookedDevice {
     fn attach() -> Result<Self, String> {
         let host = SmallHost::mount()?;
         let sparse = host.0.path().join("sparse.img");
-        std::fs::File::create(&sparse).unwrap().set_len(8 << 20).unwrap();
+        File::create(&sparse).unwrap().set_len(8 << 20).unwrap();
         let attached = Command::new("losetup").args(["--find", "--show"]).arg(&sparse).output();
         let attached = attached.map_err(|error| error.to_string())?;
         if !attached.status.success() {
