@@ -88,6 +88,8 @@ pub struct HostDisk {
     pub doubtful: BTreeSet<usize>,
     /// Live: what was under way when it went live, and is tried until it is done.
     inherited: BTreeMap<u64, Request>,
+    /// What the guest has as completed while the host still works on it.
+    strays: BTreeSet<u64>,
     /// Primary: blocks that the copy has yet to bring over, from its beginning to the freeze.
     uncopied: Option<BTreeSet<usize>>,
     /// Backup: what it was given to do, and how that ended once it has.
@@ -193,6 +195,9 @@ impl World {
     /// A process hears how a request has ended.
     pub fn completed(&mut self, id: usize, request: u64, ended: Outcome) {
         let node = &mut self.nodes[id];
+        if node.disk.strays.remove(&request) {
+            return;
+        }
         match node.role {
             Role::Backup(_) => {
                 if let Some((_, outcome)) = node.disk.issued.get_mut(&request) {
@@ -234,7 +239,10 @@ impl World {
             Some(Ok(data)) => data,
             Some(Err(Failed)) if issued.op == Op::Read => vec![0; 8],
             Some(Err(Failed)) => Vec::new(),
-            None if known => Vec::new(),
+            None if known => {
+                self.nodes[id].disk.strays.insert(*request);
+                Vec::new()
+            }
             None if early && issued.op == Op::Read => {
                 self.image(id)[issued.block].to_le_bytes().to_vec()
             }
