@@ -3,8 +3,8 @@
 //! The primary's guest is stopped for as long as the backup's cannot go on, first by lag control, then by the bound of the
 //! log. What must hold: no spare stops it for good. So a backup that waits too long says that it is none, and the primary
 //! goes on without it. Nor may it leave nobody: it gives up only when it has just heard the primary, and once it takes
-//! over from a primary that may be lost, or may have won, it goes on trying. The copy is made stable in one go, which may take much longer than a request: that has
-//! [`COPY_PATIENCE`] times as long.
+//! over from a primary that may be lost, or may have won, it goes on trying. The copy is made stable in one go, which may
+//! take much longer than a request: that has [`COPY_PATIENCE`] times as long.
 
 use std::time::Duration;
 

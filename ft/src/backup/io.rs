@@ -177,8 +177,8 @@ pub enum Action {
     },
     /// The VM is protected by this side from here on.
     Protected,
-    /// Once the log is executed up to here: have all that the guest has flushed by then made stable on the disks that this side
-    /// writes itself, and give [`Input::Stable`]. What was wanted so before is not wanted any more.
+    /// Once the log is executed up to here: have all that the guest has flushed by then made stable on the disks that this
+    /// side writes itself, and give [`Input::Stable`]. Takes the place of one that is not answered yet.
     MakeStable {
         /// The position.
         through: LogPosition,
@@ -192,8 +192,8 @@ pub enum Action {
         /// The claimant.
         who: String,
     },
-    /// Go live: every record is executed, and stable what was to be. Re-issue disk requests, release kept outputs, announce the
-    /// MAC, anchor time, run.
+    /// Go live: every record is executed, and all is stable that the guest has flushed. Re-issue disk requests, release
+    /// kept outputs, announce the MAC, anchor time, run.
     GoLive {
         /// The generation that this side now lives in.
         generation: Generation,

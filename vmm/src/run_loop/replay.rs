@@ -60,10 +60,10 @@ pub enum Next {
     Diverged,
 }
 
-/// That all which the guest flushed before a position be stable.
+/// Somebody wants all to be stable that the guest flushed before a position of the log.
 struct Wanted {
     through: LogPosition,
-    /// What that takes, once it is executed.
+    /// The flushes that this takes: known once the log is executed so far.
     goal: Option<Goal>,
 }
 
