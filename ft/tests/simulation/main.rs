@@ -64,8 +64,10 @@ fn run_seeds(first: u64, count: u64) -> (Option<u64>, [u64; 5]) {
                         if outcome.violation.is_some() {
                             return (Some(seed), sums);
                         }
-                        let Outcome { answered, protections, failovers, lost, generation, .. } =
-                            outcome;
+                        let Outcome {
+                            answered_at, protections, failovers, lost, generation, ..
+                        } = outcome;
+                        let answered = answered_at.len() as u64;
                         let parts = [answered, protections, failovers, u64::from(lost), generation];
                         for (sum, value) in sums.iter_mut().zip(parts) {
                             *sum += value;

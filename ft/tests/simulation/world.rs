@@ -165,7 +165,6 @@ pub struct World {
 pub struct Outcome {
     pub violation: Option<Violation>,
     pub trace: Vec<String>,
-    pub answered: u64,
     pub protections: u64,
     pub failovers: u64,
     pub failover_us: Vec<u64>,
@@ -295,7 +294,6 @@ impl World {
         }
         Outcome {
             violation: self.checkers.violation.take(),
-            answered: self.waiting.iter().sum::<u64>() - CLIENTS as u64,
             trace: self.trace.unwrap_or_default(),
             protections: self.protections,
             failovers: self.failovers,
